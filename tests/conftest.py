@@ -1,0 +1,96 @@
+"""A tiny Gemma 3, of random weights, in both its classes: the hermetic tests train it in seconds."""
+
+import string
+
+import pytest
+
+import download_model
+
+SPECIAL = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 105: "<start_of_turn>", 106: "<end_of_turn>"}
+CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяё"
+MERGES = [("\n", "\n"), ("▁", "▁"), ("о", "с"), ("т", "о"), ("c", "a"), ("ca", "l"), ("<", "t"), ("\n", "▁")]
+
+
+def tiny_tokenizer():
+    """Gemma's special tokens at Gemma's ids, characters, bytes for all others, and a few merges."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens += ["\n", "▁", *string.digits, *string.ascii_letters, *string.punctuation]
+    tokens += [*CYRILLIC, *CYRILLIC.upper(), *(a + b for a, b in MERGES)]
+    vocabulary = dict(map(reversed, SPECIAL.items()))
+    free = (i for i in range(10**4) if i not in SPECIAL)
+    vocabulary.update((token, next(free)) for token in dict.fromkeys(tokens))
+    backend = Tokenizer(models.BPE(vocabulary, MERGES, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL.values()])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = download_model.CHAT_TEMPLATE
+    return tokenizer
+
+
+def write_tiny_model(folder, multimodal=False):
+    """Writes a whole model folder of about 100,000 random weights; returns its path as a string."""
+    import torch
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForCausalLM,
+        Gemma3ForConditionalGeneration,
+        Gemma3TextConfig,
+        GenerationConfig,
+        SiglipVisionConfig,
+    )
+
+    text = Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    if multimodal:
+        vision = SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            vision_use_head=False,
+        )
+        config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        model = Gemma3ForConditionalGeneration(config)
+    else:
+        model = Gemma3ForCausalLM(text)
+    model.generation_config = GenerationConfig(eos_token_id=[1, 106], pad_token_id=0, bos_token_id=2)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session", params=["text", "multimodal"])
+def tiny_model(request, tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp(request.param), request.param == "multimodal")
+
+
+@pytest.fixture(scope="session")
+def tiny_text_model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("text-only"))
