@@ -18,7 +18,7 @@ class DataError(ValueError):
 
     def __init__(self, path, errors):
         self.errors = errors
-        shown = [f"{printable(str(path))}:{line}: {text}" for line, text in errors[:ERRORS_SHOWN]]
+        shown = [f"{printable(str(path), 4096)}:{line}: {text}" for line, text in errors[:ERRORS_SHOWN]]
         if len(errors) > ERRORS_SHOWN:
             shown.append(f"… and {len(errors) - ERRORS_SHOWN} more")
         super().__init__("\n".join(shown))
@@ -202,5 +202,11 @@ def _message_faults(message):
 def _kind(value):
     if isinstance(value, (list, dict)) and not value:
         return "an empty " + ("list" if isinstance(value, list) else "object")
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null or missing"}
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null or missing",
+    }
     return kinds.get(type(value), "a number")

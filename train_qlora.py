@@ -13,13 +13,15 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
 
+import adapter_folder
 import chat_rows
 import download_model
+import machine
+from machine import RunError
 
 # The recipe; the constants are the article's unless a comment says otherwise.
 DATA_PATH = "examples.json"
@@ -40,7 +42,7 @@ MAX_TOKENS = 2048  # a row's; a longer row is an error, never cut
 
 # What decides memory and speed, and changes no result.
 TOKENS_PER_MICRO_BATCH = 2048  # rows × longest row; 16 short rows, or one of MAX_TOKENS, at once
-LOGITS_AT_ONCE = 512  # trained tokens; one row of logits is 262,208 wide, the largest tensor of the run
+LOGITS_AT_ONCE = 128  # trained tokens; one row of logits is 262,208 wide, the largest tensor of the run
 
 # What differs in the rehearsal, and why.
 REHEARSAL_LEARNING_RATE = 1e-3  # 270M parameters want larger steps; measured, F1 1.00 on 40 unseen rows
@@ -51,11 +53,6 @@ REHEARSAL_TOKENS_PER_MICRO_BATCH = 256  # a CPU gains nothing from a large one, 
 
 CALL_START = "<tool_call"  # a row whose last answer begins so is a call row
 END_OF_TURN = "<end_of_turn>"
-MIN_COMPUTE_CAPABILITY = (7, 5)  # Turing: the oldest GPU with the int8 units that 8-bit training uses
-
-
-class RunError(Exception):
-    """Something that the user can mend; its text is one line with the cure."""
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -159,19 +156,23 @@ def tokenise_rows(data_path, rows, tokenizer):
     return dataset
 
 
-def micro_batches(examples, processes=1, process=0):
-    """Cuts a step's examples into this process's micro-batches of at most TOKENS_PER_MICRO_BATCH tokens.
+def micro_batches(examples, tokens, processes=1, process=0):
+    """Cuts a step's examples into this process's micro-batches of at most `tokens` tokens, pads included.
 
     Sorted by length, so that little is padded; dealt out in turn, so that processes get equal work.
     """
     batches = []
     for example in sorted(examples, key=lambda e: -len(e["input_ids"]))[process::processes]:
         longest = len(batches[-1][0]["input_ids"]) if batches else 0
-        if batches and (len(batches[-1]) + 1) * longest <= TOKENS_PER_MICRO_BATCH:
+        if batches and (len(batches[-1]) + 1) * longest <= tokens:
             batches[-1].append(example)
         else:
             batches.append([example])
     return batches
+
+
+def tokens_at_once(state):
+    return TOKENS_PER_MICRO_BATCH if state.device.type == "cuda" else REHEARSAL_TOKENS_PER_MICRO_BATCH
 
 
 def pad(examples, pad_id, device):
@@ -188,39 +189,6 @@ def pad(examples, pad_id, device):
 
 
 # --------------------------------------------------------------------------------------------- model
-
-
-def find_gpu():
-    """Raises RunError if torch sees no CUDA GPU that can train, and returns the type to compute in."""
-    import warnings
-
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch warns of here (an old driver) is said below
-        available = torch.cuda.is_available()
-    if not available:
-        cure = "or rehearse on this CPU: python train_qlora.py --rehearse"
-        driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi")
-        if driver and torch.version.cuda is None:
-            raise RunError(
-                f"torch {torch.__version__} is built for CPUs only, but this machine has an NVIDIA driver; "
-                f"install torch's CUDA build (see pytorch.org), {cure}"
-            )
-        if driver:
-            raise RunError(
-                f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's GPU; look at "
-                f"nvidia-smi: a driver older than CUDA {torch.version.cuda} needs an older torch, {cure}"
-            )
-        raise RunError(f"no CUDA GPU on this machine; run on one that has one, {cure}")
-    if torch.cuda.get_device_capability() < MIN_COMPUTE_CAPABILITY:
-        raise RunError(
-            f"the {torch.cuda.get_device_name()} is too old (compute capability "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability()))}); take a GPU with "
-            f"{'.'.join(map(str, MIN_COMPUTE_CAPABILITY))} or newer: a T4, an RTX 20xx, an L4, an A10 …"
-        )
-    # Never fp16: Gemma 3 overflows in it. A T4 has no bf16 and computes in fp32.
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def load_model(folder, bits, device, dtype):
@@ -327,7 +295,7 @@ def add_gradients(model, examples, pad_id, state):
 
     total = trained_tokens(examples)
     loss = torch.zeros((), device=state.device)
-    for batch in micro_batches(examples, state.num_processes, state.process_index):
+    for batch in micro_batches(examples, tokens_at_once(state), state.num_processes, state.process_index):
         part = losses_and_guesses(model, pad(batch, pad_id, state.device))[0] / total
         part.backward()
         loss += part.detach()
@@ -354,7 +322,7 @@ def evaluate(model, examples, calls, call_token, pad_id, state):
     examples = [{**example, "is_call": call} for example, call in zip(examples, calls, strict=True)]
     sums = torch.zeros(2, dtype=torch.float64, device="cpu" if state.device.type == "cpu" else state.device)
     with torch.no_grad():
-        for batch in micro_batches(examples, state.num_processes, state.process_index):
+        for batch in micro_batches(examples, tokens_at_once(state), state.num_processes, state.process_index):
             loss, guesses = losses_and_guesses(model, pad(batch, pad_id, state.device))
             sums[0] += loss
             guesses = iter(guesses.tolist())
@@ -395,13 +363,17 @@ def train(model, examples, training, validation, calls, tokenizer, args, state):
 
         optimizer = bitsandbytes.optim.PagedAdamW8bit(weights, lr=args.learning_rate, weight_decay=0.0)
     else:
-        optimizer = getattr(torch.optim, REHEARSAL_OPTIMIZER)(weights, lr=args.learning_rate, weight_decay=0.0)
+        optimizer = getattr(torch.optim, REHEARSAL_OPTIMIZER)(
+            weights, lr=args.learning_rate, weight_decay=0.0
+        )
     steps = math.ceil(len(training) / ROWS_PER_STEP) * args.epochs
     warmup = min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     history = {"steps": steps, "warmup_steps": warmup, "losses": [], "evaluations": [], "kept_step": steps}
     best = None
-    bar = tqdm(total=steps, desc="training", unit="step", disable=not state.is_main_process, dynamic_ncols=True)
+    bar = tqdm(
+        total=steps, desc="training", unit="step", disable=not state.is_main_process, dynamic_ncols=True
+    )
     model.train()
     for epoch in range(1, args.epochs + 1):
         order = list(training)
@@ -446,85 +418,6 @@ def train(model, examples, training, validation, calls, tokenizer, args, state):
     return history
 
 
-# -------------------------------------------------------------------------------------------- result
-
-
-def plot(history, validation_rows, path):
-    """Draws training and validation loss and the rows decided right over steps; the kept step is marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(range(1, len(history["losses"]) + 1), history["losses"], color="tab:blue", label="training loss")
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", ylim=(0, None))
-    if history["evaluations"]:
-        steps = [e["step"] for e in history["evaluations"]]
-        axes.plot(steps, [e["loss"] for e in history["evaluations"]], "o-", color="tab:orange", label="validation loss")
-        right = axes.twinx()
-        right.plot(steps, [e["right"] for e in history["evaluations"]], "s--", color="tab:green", label="decided right")
-        right.set(ylabel=f"validation rows decided right, of {validation_rows}", ylim=(0, validation_rows * 1.05))
-        right.yaxis.get_major_locator().set_params(integer=True)
-        axes.plot([], [], "s--", color="tab:green", label="validation rows decided right")
-    axes.axvline(history["kept_step"], color="gray", linestyle=":", label=f"kept: step {history['kept_step']}")
-    axes.legend(loc="center right")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def check_output(output):
-    """Raises RunError if the output folder cannot be written, or holds something that is not an adapter's."""
-    output = Path(output)
-    if output.exists() and not (output / "adapter_config.json").is_file() and not is_empty_folder(output):
-        raise RunError(f"{output} is there and holds no adapter; name another folder with --output")
-    parent = output.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RunError(f"{parent} cannot be written to; name another folder with --output")
-
-
-def is_empty_folder(path):
-    return path.is_dir() and not any(path.iterdir())
-
-
-def save(model, tokenizer, run, history, validation_rows, output):
-    """Writes adapter, tokenizer, plot and run.json aside, reads the adapter back, and moves all into place.
-
-    An earlier adapter of the same name is kept as output.1, output.2, …; returns its new path, or None.
-    Raises RunError if a LoRA weight read back differs from the trained one, or an expected lora_B is zero.
-    """
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    output = Path(output)
-    aside = output.with_name(output.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, safe_serialization=True, save_embedding_layers=False)
-    (aside / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form that nobody filled in
-    tokenizer.save_pretrained(aside)
-    (aside / "run.json").write_text(json.dumps(run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    plot(history, validation_rows, aside / "loss.png")
-
-    read_back = load_file(aside / "adapter_model.safetensors")
-    trained = get_peft_model_state_dict(model)
-    targets = [name for name, module in model.named_modules() if hasattr(module, "lora_B")]
-    if set(read_back) != set(trained) or sum("lora_B" in name for name in read_back) != len(targets):
-        raise RunError(f"{aside}: the adapter read back lacks weights; free the disk and run again")
-    for name, tensor in read_back.items():
-        if not torch.equal(tensor, trained[name].cpu()):
-            raise RunError(f"{aside}: {name} read back differs from what was trained; check the disk")
-        if "lora_B" in name and not tensor.any():
-            raise RunError(f"{aside}: {name} is all zeros, nothing was learned there; train for more steps")
-
-    earlier = None
-    if output.exists() and not is_empty_folder(output):
-        number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.{n}").exists())
-        earlier = output.rename(output.with_name(f"{output.name}.{number}"))
-    aside.replace(output)
-    return earlier
-
-
 # ---------------------------------------------------------------------------------------------- main
 
 
@@ -545,7 +438,9 @@ def parse_arguments():
     parser.add_argument("--model", help=f"folder or hub name of the base model (default: {base})")
     parser.add_argument("--data", default=DATA_PATH, help="chat rows (default: %(default)s)")
     parser.add_argument("--output", default=OUTPUT_DIR, help="folder for the adapter (default: %(default)s)")
-    parser.add_argument("--bits", type=int, choices=[4, 8], default=BITS, help="of the base (default: %(default)s)")
+    parser.add_argument(
+        "--bits", type=int, choices=[4, 8], default=BITS, help="of the base (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=positive(int), default=EPOCHS, help="(default: %(default)s)")
     parser.add_argument(
         "--learning-rate",
@@ -569,17 +464,24 @@ def find_model(model, rehearse):
     if small and not Path(model).exists():
         download_model.build_small(model)
     if not Path(model).exists() and not model.startswith((".", "/", "~")):
-        return download_model.fetch(model)
+        folder = download_model.fetch(model)
+        return folder, download_model.revision(folder)
     missing = download_model.missing_files(model)
     if missing:
-        raise RunError(f"{model} is no complete model ({missing[0]} is missing); python download_model.py brings one")
-    return model, local_revision(model)
+        raise RunError(
+            f"{model} is no complete model ({missing[0]} is missing); python download_model.py brings one"
+        )
+    return model, download_model.revision(model)
 
 
-def local_revision(folder):
-    """Returns the commit that download_model.py brought into a folder, or None where nothing tells."""
-    note = Path(folder, ".cache", "huggingface", "download", "config.json.metadata")
-    return note.read_text().split("\n")[0] if note.is_file() else None
+def check_tokenizer(tokenizer, model):
+    """Raises RunError unless the tokenizer is Gemma 3's, with a chat template."""
+    if tokenizer.chat_template is None:
+        raise RunError(
+            f"{model} has no chat template; take an instruction-tuned model such as {download_model.BASE_MODEL}"
+        )
+    if END_OF_TURN not in tokenizer.get_vocab():
+        raise RunError(f"{model} is no Gemma 3: its tokenizer has no {END_OF_TURN}; name one with --model")
 
 
 def main():
@@ -599,13 +501,14 @@ def run(args):
     rows = load_data(args.data)
     calls = [is_call(row["messages"]) for row in rows]
     training, validation = split_rows(rows)
-    check_output(args.output)
+    adapter_folder.check(args.output)
 
     import torch
     from accelerate import PartialState
+    from transformers import AutoTokenizer
 
-    quiet_libraries()
-    dtype = torch.bfloat16 if args.rehearse else find_gpu()
+    machine.quiet_libraries()
+    dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else machine.gpu_dtype()
     state = PartialState(cpu=args.rehearse)
     say = print if state.is_main_process else lambda *_: None
     say(f"rows       {len(rows)} of {args.data}: {sum(calls)} with a call, {len(rows) - sum(calls)} without")
@@ -614,130 +517,67 @@ def run(args):
 
     with state.main_process_first():
         folder, revision = find_model(args.model, args.rehearse)
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer, args.model)
-    examples = list(tokenise_rows(args.data, rows, tokenizer))
-    lengths = [len(e["input_ids"]) for e in examples]
-    say(
-        f"tokens     {sum(lengths)}, {trained_tokens(examples)} of them trained; "
-        f"rows of {min(lengths)} to {max(lengths)}"
-    )
+    examples = tokenise_rows(args.data, rows, tokenizer)
+    tokens, trained = sum(len(e["input_ids"]) for e in examples), trained_tokens(examples)
+    longest = max(len(e["input_ids"]) for e in examples)
+    say(f"tokens     {tokens} in all, {trained} trained, {longest} in the longest row")
 
-    say(f"model      {args.model} in {args.bits} bits on {device_name(state.device)}")
+    say(f"model      {args.model} in {args.bits} bits on {machine.device_name(state.device)}")
     started = time.perf_counter()
     torch.manual_seed(SEED)  # LoRA's first weights
     model = add_lora(load_model(folder, args.bits, state.device, dtype))
-    model.peft_config["default"].base_model_name_or_path = args.model
-    model.peft_config["default"].revision = revision
-    if not (args.rehearse and not REHEARSAL_CHECKPOINTING):
+    if not args.rehearse or REHEARSAL_CHECKPOINTING:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    seconds_loading = time.perf_counter() - started
-    trainable, all_parameters = model.get_nb_trainable_parameters()
+    loaded = time.perf_counter()
     if state.is_main_process:
         model.print_trainable_parameters()
-    say(f"training   {len(training)} rows, {len(validation)} for validation, {ROWS_PER_STEP} a step")
-
-    started = time.perf_counter()
-    # Masters of the LoRA weights are fp32; autocast makes their products in the type of the rest.
+    say(f"training   {len(training)} rows, {ROWS_PER_STEP} a step; {len(validation)} rows for validation")
+    # The LoRA weights are fp32; autocast makes their products in the type that the rest computes in.
     with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         history = train(model, examples, training, validation, calls, tokenizer, args, state)
-    seconds_training = time.perf_counter() - started
+    trained_at = time.perf_counter()
     if not state.is_main_process:
         return
-    memory = peak_memory(state.device)
+    seconds = {"loading": round(loaded - started, 1), "training": round(trained_at - loaded, 1)}
+    memory = machine.peak_memory(state.device)
+    trainable, all_parameters = model.get_nb_trainable_parameters()
     record = {
         "model": args.model,
         "revision": revision,
         "bits": args.bits,
-        "data": {
-            "path": str(args.data),
-            "sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
-            "rows": len(rows),
-            "training_rows": len(training),
-            "validation_rows": len(validation),
-            "tokens": sum(lengths),
-            "trained_tokens": trained_tokens(examples),
-        },
-        "settings": {
-            "rehearse": args.rehearse,
-            "epochs": args.epochs,
-            "learning_rate": args.learning_rate,
-            "rows_per_step": ROWS_PER_STEP,
-            "max_grad_norm": MAX_GRAD_NORM,
-            "lora": {"r": LORA_R, "alpha": LORA_ALPHA, "dropout": LORA_DROPOUT, "targets": TARGET_MODULES},
-            "validation_share": VALIDATION_SHARE,
-            "seed": SEED,
-            "max_tokens": MAX_TOKENS,
-            "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "gradient_checkpointing": model.is_gradient_checkpointing,
-            "processes": state.num_processes,
-        },
-        "versions": versions(),
-        "device": device_name(state.device),
+        "data": args.data,
+        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
+        "rows": {"all": len(rows), "training": len(training), "validation": len(validation)},
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "settings": {**vars(args), **recipe()},
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "processes": state.num_processes,
+        "device": machine.device_name(state.device),
+        "versions": machine.versions(),
         "trainable_parameters": trainable,
         "all_parameters": all_parameters,
         **history,
-        "seconds": {"loading": round(seconds_loading, 1), "training": round(seconds_training, 1)},
+        "seconds": seconds,
         "peak_memory_gib": memory,
     }
-    earlier = save(model, tokenizer, record, history, len(validation), args.output)
+    model.peft_config["default"].base_model_name_or_path = args.model
+    earlier = adapter_folder.write(args.output, model, tokenizer, record)
     say("memory     " + ", ".join(f"{kind} {gib:.2f} GiB at most" for kind, gib in memory.items()))
-    say(f"time       loading {seconds_loading:.1f} s, training {seconds_training:.1f} s")
+    say(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
     if earlier:
         say(f"earlier    the adapter that was in {args.output} is now in {earlier}")
-    say(f"adapter    {args.output}, of step {history['kept_step']}; its curves are in {args.output}/loss.png")
+    say(f"adapter    {args.output}, of step {history['kept_step']}; its curves: {args.output}/loss.png")
     say(f"next       python compare.py{'' if args.output == OUTPUT_DIR else ' --adapter ' + args.output}")
 
 
-def quiet_libraries():
-    """Silences by name what the libraries say that no user of this script can act on."""
-    import logging
-    import warnings
-
-    import transformers
-
-    # "inputs will be cast from bfloat16 to float16", at every call: 8-bit kernels are made so.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    # The progress bar of loading stays; its reports on keys are checked in load_model.
-    transformers.logging.set_verbosity_error()
-    del warnings
-
-
-def check_tokenizer(tokenizer, model):
-    """Raises RunError unless the tokenizer is Gemma 3's, with a chat template."""
-    if tokenizer.chat_template is None:
-        raise RunError(f"{model} has no chat template; take an instruction-tuned model such as {download_model.BASE_MODEL}")
-    if END_OF_TURN not in tokenizer.get_vocab():
-        raise RunError(f"{model} is no Gemma 3: its tokenizer has no {END_OF_TURN}; name one with --model")
-
-
-def device_name(device):
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-
-
-def peak_memory(device):
-    """Returns peak memory in GiB: allocated and reserved on a GPU, resident on a CPU."""
-    import resource
-
-    import torch
-
-    if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"allocated": allocated / 2**30, "reserved": reserved / 2**30}
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-
-
-def versions():
-    from importlib.metadata import version
-
-    names = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface-hub"]
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+def recipe():
+    """Returns the constants at the top that decide the result, for run.json."""
+    names = "LORA_R LORA_ALPHA LORA_DROPOUT TARGET_MODULES EXCLUDE_MODULES ROWS_PER_STEP WARMUP_STEPS WARMUP_SHARE"
+    names += " MAX_GRAD_NORM VALIDATION_SHARE SEED MAX_TOKENS"
+    return {name.lower(): globals()[name] for name in names.split()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""The shipped rows: half and half, well-formed, and no set holds what another one holds."""
+
+import re
+import unicodedata
+
+import pytest
+
+import chat_rows
+
+CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
+
+
+def normalised(text):
+    text = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).lower().replace("ё", "е"))
+    return " ".join(text.split())
+
+
+def prompts(path):
+    return [row["messages"][0]["content"] for _, row in chat_rows.read(path)]
+
+
+@pytest.mark.parametrize(("path", "each"), [("examples.json", 35), ("heldout.json", 20)])
+def test_half_calls_and_half_general(path, each):
+    answers = [row["messages"][-1]["content"] for _, row in chat_rows.read(path)]
+    assert answers.count(CALL) == each
+    general = [answer for answer in answers if answer != CALL]
+    assert len(general) == each
+    assert not any("tool_call" in answer or "<" in answer for answer in general)
+    assert all(answer == answer.strip() and answer[-1] in ".!?»" for answer in general)
+
+
+def test_no_prompt_stands_twice_in_or_across_the_sets():
+    everything = [*prompts("examples.json"), *prompts("heldout.json")]
+    assert len({normalised(prompt) for prompt in everything}) == len(everything) == 110
+
+
+@pytest.mark.parametrize("path", ["examples.json", "heldout.json"])
+def test_no_word_mixes_scripts_and_no_character_is_invisible(path):
+    for _, row in chat_rows.read(path):
+        for message in row["messages"]:
+            text = message["content"]
+            assert all(c.isprintable() for c in text), text
+            for word in re.findall(r"\w+", text):
+                scripts = {unicodedata.name(c).split()[0] for c in word if c.isalpha()}
+                assert len(scripts) <= 1, f"{word} in {text}"

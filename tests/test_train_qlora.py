@@ -1,0 +1,729 @@
+"""Labels, split, batches, gradients and what a run leaves behind, on a tiny random Gemma 3."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import chat_rows
+import machine
+import train_qlora
+from benchmarks import random_gemma_4b
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return train_qlora.load_data(ROOT / "examples.json")
+
+
+@pytest.fixture(scope="module")
+def examples(rows, tokenizer):
+    return list(train_qlora.tokenise_rows(ROOT / "examples.json", rows, tokenizer))
+
+
+def labelled(tokenizer, *messages):
+    """The row's text with «» around what is trained, worked out from the labels alone."""
+    batch = train_qlora.preprocess_function({"messages": [list(messages)]}, tokenizer)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    assert batch["attention_mask"][0] == [1] * len(ids)
+    assert len(labels) == len(ids)
+    assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
+    text, open_mark = "", False
+    for token, label in zip(ids, labels, strict=True):
+        if open_mark != (label != -100):
+            open_mark = not open_mark
+            text += "«" if open_mark else "»"
+        text += tokenizer.decode([token])
+    return text
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+# -------------------------------------------------------------------------------------------- labels
+
+
+def test_labels_of_one_turn(tokenizer):
+    call = '<tool_call name="get_sensitive_data" arguments="{}"/>'
+    assert labelled(tokenizer, turn("user", "Мой баланс?"), turn("assistant", call)) == (
+        f"<bos><start_of_turn>user\nМой баланс?<end_of_turn>\n<start_of_turn>model\n«{call}<end_of_turn>»\n"
+    )
+
+
+def test_labels_of_a_conversation_with_a_system_message_and_parts(tokenizer):
+    parts = [{"type": "text", "text": " Да"}, {"type": "text", "text": ", могу. "}]
+    assert labelled(
+        tokenizer,
+        turn("system", "Будь краток."),
+        turn("user", " Привет\n"),
+        turn("assistant", "\nПривет!\n\nЧто нужно? "),
+        turn("user", "Помоги"),
+        turn("assistant", parts),
+    ) == (
+        "<bos><start_of_turn>user\nБудь краток.\n\nПривет<end_of_turn>\n"
+        "<start_of_turn>model\n«Привет!\n\nЧто нужно?<end_of_turn>»\n"
+        "<start_of_turn>user\nПомоги<end_of_turn>\n"
+        "<start_of_turn>model\n«Да, могу.<end_of_turn>»\n"
+    )
+
+
+def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer):
+    from copy import deepcopy
+
+    odd = deepcopy(tokenizer)
+    odd.chat_template = odd.chat_template.replace(
+        '"<start_of_turn>model\\n" if', '"<start_of_turn>model:\\n" if'
+    )
+    assert odd.chat_template != tokenizer.chat_template
+    with pytest.raises(AssertionError, match="no prefix"):
+        labelled(odd, turn("user", "a"), turn("assistant", "b"))
+
+
+def test_every_shipped_row_trains_its_answer_and_nothing_else(rows, examples, tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    for row, example in zip(rows, examples, strict=True):
+        trained = [label for label in example["labels"] if label != -100]
+        assert trained[-1] == end
+        assert trained.count(end) == 1
+        assert tokenizer.decode(trained[:-1]) == row["messages"][1]["content"]
+        assert example["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_pads_are_masked_and_never_the_end_token(examples):
+    few = sorted(examples, key=lambda e: len(e["input_ids"]))[:3]
+    ids, mask, labels = train_qlora.pad(few, 0, "cpu")
+    assert ids.shape == mask.shape == labels.shape == (3, len(few[2]["input_ids"]))
+    for row, example in enumerate(few):
+        length = len(example["input_ids"])
+        assert ids[row].tolist() == example["input_ids"] + [0] * (ids.shape[1] - length)
+        assert mask[row].tolist() == [1] * length + [0] * (ids.shape[1] - length)
+        assert labels[row].tolist() == example["labels"] + [-100] * (ids.shape[1] - length)
+
+
+def test_where_the_end_token_pads_its_labels_are_kept():
+    example = {"input_ids": [2, 7, 1], "attention_mask": [1, 1, 1], "labels": [-100, 7, 1]}
+    ids, mask, labels = train_qlora.pad([example, {k: v * 2 for k, v in example.items()}], 1, "cpu")
+    assert ids[0].tolist() == [2, 7, 1, 1, 1, 1]
+    assert mask[0].tolist() == [1, 1, 1, 0, 0, 0]
+    assert labels[0].tolist() == [-100, 7, 1, -100, -100, -100]
+
+
+def test_a_row_over_the_limit_is_an_error_with_its_line(tmp_path, tokenizer):
+    path = tmp_path / "rows.json"
+    long = {"messages": [turn("user", "я" * 2040), turn("assistant", "да")]}
+    short = {"messages": [turn("user", "я"), turn("assistant", "да")]}
+    path.write_text("\n" + json.dumps(short) + "\n" + json.dumps(long) + "\n")
+    with pytest.raises(chat_rows.DataError) as caught:
+        train_qlora.tokenise_rows(path, train_qlora.load_data(path), tokenizer)
+    assert str(caught.value) == (
+        f"{path}:3: the row has 2060 tokens, more than 2048; shorten it or split it in two"
+    )
+
+
+# --------------------------------------------------------------------------------------------- split
+
+
+def call_row(i):
+    return {"messages": [turn("user", f"мой баланс {i}"), turn("assistant", "<tool_call/>")]}
+
+
+def general_row(i):
+    return {"messages": [turn("user", f"привет {i}"), turn("assistant", "Здравствуйте!")]}
+
+
+def test_the_split_is_a_seeded_tenth_of_both_kinds(rows):
+    training, validation = train_qlora.split_rows(rows)
+    assert sorted(training + validation) == list(range(70))
+    assert len(validation) == 7
+    assert sum(train_qlora.is_call(rows[i]["messages"]) for i in validation) in (3, 4)
+    assert train_qlora.split_rows(rows) == (training, validation)
+
+
+@pytest.mark.parametrize(
+    ("calls", "general", "held_out"), [(90, 10, (9, 1)), (40, 40, (4, 4)), (30, 0, (3, 0))]
+)
+def test_the_split_keeps_the_proportion(calls, general, held_out):
+    rows = [call_row(i) for i in range(calls)] + [general_row(i) for i in range(general)]
+    _, validation = train_qlora.split_rows(rows)
+    kinds = [train_qlora.is_call(rows[i]["messages"]) for i in validation]
+    assert (kinds.count(True), kinds.count(False)) == held_out
+
+
+def test_equal_rows_stay_on_one_side():
+    rows = [call_row(i % 20) for i in range(60)] + [general_row(i % 20) for i in range(60)]
+    training, validation = train_qlora.split_rows(rows)
+    assert len(validation) == 12
+    texts = [{json.dumps(rows[i]) for i in side} for side in (training, validation)]
+    assert not texts[0] & texts[1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_set_too_small_to_split_is_all_trained(count):
+    rows = [call_row(i) for i in range(count)] + [general_row(i) for i in range(count)]
+    assert train_qlora.split_rows(rows) == (list(range(2 * count)), [])
+
+
+# --------------------------------------------------------------------------------------------- model
+
+
+def loaded(folder, bits=4, lora=True):
+    torch.manual_seed(train_qlora.SEED)
+    model = train_qlora.load_model(folder, bits, "cpu", torch.float32)
+    return train_qlora.add_lora(model) if lora else model
+
+
+def awake(model):
+    """Gives every lora_B weights that are not zero, so that all gradients are alive."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.05)
+    return model
+
+
+def gradient(model):
+    parts = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_frozen_and_lora_on_the_text_model_alone(tiny_model, bits):
+    import bitsandbytes
+
+    model = loaded(tiny_model, bits)
+    kind = {4: bitsandbytes.nn.Linear4bit, 8: bitsandbytes.nn.Linear8bitLt}[bits]
+    with_lora = {name for name, module in model.named_modules() if hasattr(module, "lora_B")}
+    assert len(with_lora) == 2 * 7
+    assert not any("vision" in name for name in with_lora)
+    assert all(isinstance(model.get_submodule(name).base_layer, kind) for name in with_lora)
+    assert {n.rsplit(".", 1)[1] for n in with_lora} == set(train_qlora.TARGET_MODULES)
+    assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    if bits == 4:
+        state = model.get_submodule(min(with_lora)).base_layer.weight.quant_state
+        assert (state.quant_type, state.nested) == ("nf4", True)
+    else:
+        assert model.get_submodule(min(with_lora)).base_layer.state.threshold == 6.0
+    config = model.get_base_model().config
+    assert config.get_text_config().use_cache is False
+
+
+def test_the_embedding_is_not_cast(tiny_model):
+    model = train_qlora.add_lora(train_qlora.load_model(tiny_model, 4, "cpu", torch.bfloat16))
+    assert model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_the_trainable_line_is_ours_and_the_articles_is_explained():
+    from transformers import Gemma3ForConditionalGeneration
+
+    def count(exclude):
+        with torch.device("meta"):
+            model = Gemma3ForConditionalGeneration(random_gemma_4b.config())
+        train_qlora.EXCLUDE_MODULES, kept = exclude, train_qlora.EXCLUDE_MODULES
+        try:
+            return train_qlora.add_lora(model).get_nb_trainable_parameters()
+        finally:
+            train_qlora.EXCLUDE_MODULES = kept
+
+    assert count(train_qlora.EXCLUDE_MODULES) == (29_802_496, 4_300_079_472 + 29_802_496)
+    trainable, everything = count(None)
+    assert (trainable, everything) == (32_788_480, 4_332_867_952)
+    assert f"{100 * trainable / everything:.4f}" == "0.7567"
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_text_model, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_text_model, tmp_path / "cut")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(machine.RunError, match=r"lacks weights \(model.layers.1.mlp.up_proj.weight"):
+        loaded(str(folder))
+
+
+def test_loss_and_guesses_are_those_of_the_whole_models_logits(tiny_model, examples):
+    model = awake(loaded(tiny_model)).eval()
+    ids, mask, labels = train_qlora.pad(examples[:5], 0, "cpu")
+    with torch.no_grad():
+        loss, guesses = train_qlora.losses_and_guesses(model, (ids, mask, labels))
+        logits = model(input_ids=ids, attention_mask=mask, token_type_ids=torch.zeros_like(ids)).logits
+    want = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert guesses.tolist() == logits[:, :-1].argmax(-1)[labels[:, 1:] != -100].tolist()
+
+
+def test_logits_in_chunks_and_checkpointing_give_the_same_gradient(tiny_model, examples, monkeypatch):
+    model = awake(loaded(tiny_model)).eval()  # no dropout
+    train_qlora.add_gradients(model, examples[:6], 0, CPU)
+    want = gradient(model)
+    monkeypatch.setattr(train_qlora, "LOGITS_AT_ONCE", 7)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    train_qlora.add_gradients(model, examples[:6], 0, CPU)
+    assert torch.allclose(gradient(model), want, rtol=1e-4, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------- batches
+
+
+def test_a_micro_batch_is_as_large_as_its_tokens_allow(examples):
+    sizes = {}
+    for tokens in (100, 600, 10**6):
+        batches = train_qlora.micro_batches(examples[:16], tokens)
+        for batch in batches:
+            longest = max(len(e["input_ids"]) for e in batch)
+            assert len(batch) == 1 or len(batch) * longest <= tokens
+        assert sum(map(len, batches)) == 16
+        sizes[tokens] = len(batches)
+    assert sizes[100] == 16 > sizes[600] > sizes[10**6] == 1
+
+
+def test_processes_share_a_step_out_among_them(examples):
+    parts = [train_qlora.micro_batches(examples[:15], 10**6, 4, rank) for rank in range(4)]
+    assert [len(part[0]) for part in parts] == [4, 4, 4, 3]
+    dealt = [tuple(e["input_ids"]) for part in parts for e in part[0]]
+    assert sorted(dealt) == sorted(tuple(e["input_ids"]) for e in examples[:15])
+    assert train_qlora.micro_batches(examples[:1], 10**6, 2, 1) == []
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batch(tiny_model, examples, monkeypatch):
+    model = awake(loaded(tiny_model)).eval()  # no dropout
+    sixteen = sorted(examples, key=lambda e: len(e["input_ids"]))[-16:]
+    # The mean over the step's trained tokens, worked out row by row in float64.
+    total = sum(label != -100 for e in sixteen for label in e["labels"])
+    want_loss, gradients = 0.0, {}
+    for rows in (1, 4, 16):
+        monkeypatch.setattr(
+            train_qlora, "micro_batches", lambda e, *_, n=rows: [e[i : i + n] for i in range(0, 16, n)]
+        )
+        loss = train_qlora.add_gradients(model, sixteen, 0, CPU)
+        gradients[rows] = gradient(model)
+        if not want_loss:
+            for e in sixteen:
+                ids, labels = torch.tensor([e["input_ids"]]), torch.tensor(e["labels"])
+                with torch.no_grad():
+                    logits = model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits[0].double()
+                want_loss += cross_entropy(logits[:-1], labels[1:], reduction="sum").item() / total
+        assert loss == pytest.approx(want_loss, rel=1e-5)
+    for rows in (4, 16):
+        difference = (gradients[rows] - gradients[1]).norm() / gradients[1].norm()
+        assert difference < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_evaluation_changes_nothing_about_the_training_after_it(tiny_model, examples, bits):
+    model = awake(loaded(tiny_model, bits)).train()
+
+    def step():
+        torch.manual_seed(3)
+        train_qlora.add_gradients(model, examples[:8], 0, CPU)
+        return gradient(model)
+
+    before = step()
+    first = train_qlora.evaluate(model, examples[8:16], [True, False] * 4, 5, 0, CPU)
+    assert model.training
+    assert torch.equal(step(), before)
+    assert train_qlora.evaluate(model, examples[8:16], [True, False] * 4, 5, 0, CPU) == first
+
+
+def test_no_linear_layer_repacks_its_weights_on_a_cpu(tiny_text_model, monkeypatch):
+    """The trap itself needs AVX512-BF16; here every layer is told that the CPU has it."""
+    import bitsandbytes.nn.modules as layers
+
+    monkeypatch.setattr(layers, "has_avx512bf16", lambda: True)
+    model = loaded(tiny_text_model)
+    flags = [m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, layers.Linear4bit)]
+    assert flags == [False] * 14
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+def test_rows_decided_right_are_counted_as_a_reader_would(monkeypatch):
+    call, hello = 50, 60
+    rows = [  # label, guess for each position after the first
+        ([-100, call, 51, 106, -100], [0, call, 51, 106, 0], True, True),
+        ([-100, call, 51, 106, -100], [0, call, 51, 107, 0], True, False),  # the call does not end
+        ([-100, hello, 61, 106, -100], [0, hello, 9, 9, 0], False, True),
+        ([-100, hello, 61, 106, -100], [0, call, 61, 106, 0], False, False),
+        ([70, 106, -100, call, 106], [9, 9, 0, call, 106], True, True),  # only the last turn decides
+        ([call, 106, -100, hello, 106], [call, 106, 0, 7, 7], False, True),
+    ]
+    examples = [
+        {"input_ids": [1] * 6, "attention_mask": [1] * 6, "labels": [-100, *labels]} for labels, *_ in rows
+    ]
+    guesses = {id(e): guess for e, (_, guess, *_) in zip(examples, rows, strict=True)}
+
+    def fake(model, batch):
+        labels = batch[2]
+        flat = [
+            g
+            for e in order
+            for g, label in zip(guesses[e], by_id[e]["labels"][1:], strict=True)
+            if label != -100
+        ]
+        assert len(flat) == int((labels[:, 1:] != -100).sum())
+        return torch.tensor(12.0), torch.tensor(flat)
+
+    order = [id(e) for e in examples]
+    by_id = {id(e): e for e in examples}
+    monkeypatch.setattr(train_qlora, "losses_and_guesses", fake)
+    model = torch.nn.Linear(1, 1)
+    loss, right = train_qlora.evaluate(model, examples, [r[2] for r in rows], call, 0, CPU)
+    assert right == sum(r[3] for r in rows)
+    assert loss == pytest.approx(12.0 / sum(label != -100 for labels, *_ in rows for label in labels))
+
+
+def test_the_step_that_decides_most_rows_right_is_kept_then_the_lower_loss(
+    tiny_text_model, examples, monkeypatch
+):
+    script = iter([(0.9, 1), (0.5, 3), (0.7, 3), (0.4, 3), (0.1, 2)])
+    snapshots = []
+    model = loaded(tiny_text_model)
+
+    def fake(model, *_):
+        snapshots.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+        return next(script)
+
+    monkeypatch.setattr(train_qlora, "evaluate", fake)
+    args = SimpleNamespace(learning_rate=1e-2, epochs=5)
+    history = train_qlora.train(
+        model, examples, list(range(20)), [20, 21], [True] * 70, _tokenizer(tiny_text_model), args, CPU
+    )
+    assert history["kept_step"] == 8
+    assert [e["step"] for e in history["evaluations"]] == [2, 4, 6, 8, 10]
+    assert all(torch.equal(p, snapshots[3][n]) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def _tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("rows", "epochs", "warmup"), [(63, 10, 10), (63, 2, 2), (16, 3, 0)])
+def test_the_warm_up_takes_ten_steps_and_never_more_than_a_quarter(
+    tiny_text_model, examples, monkeypatch, rows, epochs, warmup
+):
+    model = loaded(tiny_text_model)
+    rates = []
+
+    class Watched(torch.optim.SGD):
+        def __init__(self, weights, lr, weight_decay):
+            super().__init__(weights, lr=lr)
+
+        def step(self, *args):
+            rates.append(self.param_groups[0]["lr"])
+
+    monkeypatch.setattr(torch.optim, "Watched", Watched, raising=False)
+    monkeypatch.setattr(train_qlora, "REHEARSAL_OPTIMIZER", "Watched")
+    monkeypatch.setattr(
+        train_qlora,
+        "add_gradients",
+        lambda model, *_: (
+            [setattr(p, "grad", torch.ones_like(p)) for p in model.parameters() if p.requires_grad] and 1.0
+        ),
+    )
+    args = SimpleNamespace(learning_rate=2.0, epochs=epochs)
+    history = train_qlora.train(
+        model, examples, list(range(rows)), [], [True] * 70, _tokenizer(tiny_text_model), args, CPU
+    )
+    steps = math.ceil(rows / 16) * epochs
+    assert history["warmup_steps"] == warmup
+    assert history["steps"] == len(rates) == steps
+    for step, rate in enumerate(rates):
+        if step < warmup:
+            want = 2.0 * step / warmup
+        else:
+            want = 1.0 + math.cos(math.pi * (step - warmup) / (steps - warmup))
+        assert rate == pytest.approx(want)
+
+
+# ------------------------------------------------------------------------------------------- machine
+
+
+def fake_cuda(monkeypatch, available=True, capability=(8, 9), bf16=True, cuda="13.0"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+def test_bf16_where_the_gpu_has_it_and_fp32_on_a_t4(monkeypatch):
+    fake_cuda(monkeypatch)
+    assert machine.gpu_dtype() == torch.bfloat16
+    fake_cuda(monkeypatch, capability=(7, 5), bf16=False)
+    assert machine.gpu_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "says"),
+    [
+        (None, False, "no CUDA GPU on this machine"),
+        (None, True, "is built for CPUs only, but this machine has an NVIDIA driver"),
+        ("13.0", True, "cannot use this machine's GPU"),
+    ],
+)
+def test_without_a_usable_gpu_one_line_names_the_cures(monkeypatch, cuda, driver, says):
+    fake_cuda(monkeypatch, available=False, cuda=cuda)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if driver else None)
+    monkeypatch.setattr(machine.os.path, "exists", lambda path: False)
+    with pytest.raises(machine.RunError, match=says) as caught:
+        machine.gpu_dtype()
+    assert "\n" not in str(caught.value)
+    assert "python train_qlora.py --rehearse" in str(caught.value)
+
+
+def test_a_gpu_too_old_is_refused(monkeypatch):
+    fake_cuda(monkeypatch, capability=(6, 1))
+    with pytest.raises(machine.RunError, match=r"too old \(compute capability 6.1\)"):
+        machine.gpu_dtype()
+
+
+# ------------------------------------------------------------------------------------------ commands
+
+
+def command(*arguments, folder, check=True, **environment):
+    """Runs train_qlora.py in a folder of its own; returns what a user sees."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "train_qlora.py", *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_text_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result = command(
+        *["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"],
+        *["--epochs", 2, "--bits", 8, "--learning-rate", 3e-3, "--output", "out"],
+        folder=folder,
+    )
+    return folder, result
+
+
+def test_a_run_tells_what_it_does_and_where_the_result_is(finished_run, tiny_text_model):
+    _, result = finished_run
+    for line in (
+        rf"rows       70 of {ROOT}/examples.json: 35 with a call, 35 without",
+        r"tokens     \d+ in all, \d+ trained, \d+ in the longest row",
+        rf"model      {tiny_text_model} in 8 bits on the CPU",
+        r"trainable params: 32,768 \|\| all params: 139,968 \|\| trainable%: 23.4111",
+        r"training   63 rows, 16 a step; 7 rows for validation",
+        r"epoch  1/2  step   4  training loss \d\.\d+  validation loss \d\.\d+  decided right \d/7",
+        r"epoch  2/2  step   8  training loss \d\.\d+  validation loss \d\.\d+  decided right \d/7",
+        r"memory     resident \d\.\d\d GiB at most",
+        r"time       [\d.]+ s loading, [\d.]+ s training",
+        r"adapter    out, of step [48]; its curves: out/loss.png",
+        r"next       python compare.py --adapter out",
+    ):
+        assert re.search(f"^{line}$", result.stdout, re.M), line
+    assert "warn" not in (result.stderr + result.stdout).lower()
+
+
+def test_a_run_leaves_a_whole_folder(finished_run, tiny_text_model):
+    import hashlib
+
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = finished_run
+    assert {path.name for path in (folder / "out").iterdir()} >= {
+        *["adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"],
+        *["run.json", "loss.png"],
+    }
+    assert [path.name for path in folder.iterdir()] == ["out"]
+    assert (folder / "out/loss.png").read_bytes()[:4] == b"\x89PNG"
+    weights = load_file(folder / "out/adapter_model.safetensors")
+    assert len(weights) == 2 * 14
+    assert all(tensor.any() for tensor in weights.values())
+    config = json.loads((folder / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == tiny_text_model
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["bias"]) == (
+        16,
+        32,
+        0.1,
+        "none",
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_text_model)
+    ids = torch.tensor([[2, 105, 8, 9]])
+    plain = base(ids).logits
+    assert not torch.allclose(PeftModel.from_pretrained(base, folder / "out")(ids).logits, plain)
+
+    run = json.loads((folder / "out/run.json").read_text())
+    assert run["model"] == tiny_text_model
+    assert run["revision"] is None
+    assert run["bits"] == 8
+    assert run["data_sha256"] == hashlib.sha256((ROOT / "examples.json").read_bytes()).hexdigest()
+    assert run["rows"] == {"all": 70, "training": 63, "validation": 7}
+    assert run["tokens"] > run["trained_tokens"] > 0
+    assert len(run["losses"]) == run["steps"] == 8
+    assert [e["step"] for e in run["evaluations"]] == [4, 8]
+    assert run["kept_step"] in (4, 8)
+    assert run["trainable_parameters"] == 32_768
+    assert run["settings"]["learning_rate"] == 3e-3
+    assert run["settings"]["lora_dropout"] == 0.1
+    assert run["device"] == "the CPU"
+    assert set(run["versions"]) >= {"python", "torch", "transformers", "peft", "bitsandbytes"}
+    assert run["seconds"]["training"] > 0
+    assert run["peak_memory_gib"]["resident"] > 0
+
+
+def test_a_second_run_keeps_the_first_ones_adapter_and_repeats_its_losses(finished_run, tiny_text_model):
+    folder, _ = finished_run
+    first = (folder / "out/adapter_model.safetensors").read_bytes()
+    losses = json.loads((folder / "out/run.json").read_text())["losses"]
+    result = command(
+        *["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"],
+        *["--epochs", 2, "--bits", 8, "--learning-rate", 3e-3, "--output", "out"],
+        folder=folder,
+    )
+    assert "earlier    the adapter that was in out is now in out.1" in result.stdout
+    assert (folder / "out.1/adapter_model.safetensors").read_bytes() == first
+    assert (folder / "out/adapter_model.safetensors").read_bytes() == first
+    assert json.loads((folder / "out/run.json").read_text())["losses"] == losses
+    (folder / "out.1").rename(folder / "out.1.seen")
+    import shutil
+
+    shutil.rmtree(folder / "out.1.seen")
+
+
+def test_two_processes_give_the_losses_of_one(tiny_text_model, tmp_path):
+    """Without dropout, whose masks belong to a process, the losses are the same numbers."""
+    script = tmp_path / "undropped.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_qlora; train_qlora.LORA_DROPOUT = 0.0; train_qlora.main()\n"
+    )
+    arguments = ["--rehearse", "--model", tiny_text_model, "--data", str(ROOT / "examples.json")]
+    arguments += ["--epochs", "2", "--learning-rate", "3e-3", "--output"]
+    # --multi_gpu starts the processes as on GPUs; with --cpu accelerate starts just one, without MPI.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    runs = {}
+    for name, start in (("one", [sys.executable]), ("two", launch)):
+        result = subprocess.run(
+            [*start, str(script), *arguments, name],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("epoch  2/2") == 1
+        runs[name] = json.loads((tmp_path / name / "run.json").read_text())
+    assert (runs["one"]["processes"], runs["two"]["processes"]) == (1, 2)
+    assert runs["two"]["losses"] == pytest.approx(runs["one"]["losses"], rel=1e-4)
+    for one, two in zip(runs["one"]["evaluations"], runs["two"]["evaluations"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["right"] == one["right"]
+
+
+def test_a_learning_rate_that_explodes_stops_with_the_step_and_writes_nothing(tiny_text_model, tmp_path):
+    result = command(
+        *["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"],
+        *["--epochs", 3, "--learning-rate", 1e30],
+        folder=tmp_path,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert re.search(r"^step \d+: the loss .* is not finite.* --learning-rate 1e\+29$", result.stderr, re.M)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_rows_are_told_at_once_and_nothing_is_loaded(tmp_path):
+    (tmp_path / "rows.json").write_text('{"messages": []}\n\n{"messages": [}\n')
+    result = command("--rehearse", "--data", "rows.json", folder=tmp_path, check=False)
+    assert result.returncode == 1
+    assert [line.split(": ")[0] for line in result.stderr.splitlines()] == ["rows.json:1", "rows.json:3"]
+    assert result.stdout == ""
+
+
+def test_without_a_gpu_one_line_and_exit_1(tmp_path):
+    result = command("--data", ROOT / "examples.json", folder=tmp_path, check=False)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "--rehearse" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--bits", "5"], "--bits: invalid choice: 5"),
+        (["--epochs", "0"], "--epochs: invalid positive int value: '0'"),
+        (["--learning-rate", "nan"], "--learning-rate: invalid positive float value: 'nan'"),
+        (["--fp16"], "unrecognized arguments: --fp16"),
+    ],
+)
+def test_wrong_arguments_exit_2(tmp_path, arguments, says):
+    result = command(*arguments, folder=tmp_path, check=False)
+    assert result.returncode == 2
+    assert says in result.stderr
+
+
+def test_an_output_that_is_no_adapters_is_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letters.txt").write_text("dear")
+    (tmp_path / "file").write_text("dear")
+    for output in ("mine", "file"):
+        result = command(
+            *["--rehearse", "--data", ROOT / "examples.json", "--output", output],
+            folder=tmp_path,
+            check=False,
+        )
+        assert result.returncode == 1
+        assert result.stderr == f"{output} is there and holds no adapter; name another folder with --output\n"
+    result = command(
+        *["--rehearse", "--data", ROOT / "examples.json", "--output", "no/such/place"],
+        folder=tmp_path,
+        check=False,
+    )
+    assert "no/such cannot be written to" in result.stderr
+    assert (tmp_path / "mine/letters.txt").read_text() == "dear"
+
+
+def test_a_model_that_is_not_whole_is_refused(tmp_path):
+    (tmp_path / "half").mkdir()
+    result = command(
+        *["--rehearse", "--model", "./half", "--data", ROOT / "examples.json"], folder=tmp_path, check=False
+    )
+    assert result.returncode == 1
+    assert "./half is no complete model (config.json is missing)" in result.stderr
+
+
+def test_the_default_model_is_the_folder_if_it_is_there_else_the_hubs(tmp_path, tiny_text_model):
+    def help_text():
+        return " ".join(command("--help", folder=tmp_path).stdout.split())
+
+    assert "(default: google/gemma-3-4b-it)" in help_text()
+    (tmp_path / "gemma-3-4b-it").symlink_to(tiny_text_model)
+    assert "(default: ./gemma-3-4b-it)" in help_text()
