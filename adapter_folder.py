@@ -7,9 +7,11 @@ from pathlib import Path
 
 from machine import RunError
 
+DISK_NEEDED = 500e6  # bytes: adapter (120 MB on 4B), tokenizer (33 MB), plot; twice, and some room
+
 
 def plot(history, path):
-    """Draws a run's training and validation loss and the rows decided right over steps; the kept step is marked."""
+    """Draws a run's losses and the validation rows decided right over steps, and marks the kept step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,7 +46,7 @@ def plot(history, path):
     axes.axvline(
         history["kept_step"], color="gray", linestyle=":", label=f"kept: step {history['kept_step']}"
     )
-    axes.legend(loc="center right")
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -57,6 +59,12 @@ def check(output):
     parent = output.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RunError(f"{parent} cannot be written to; name another folder with --output")
+    free = shutil.disk_usage(parent).free
+    if free < DISK_NEEDED:
+        raise RunError(
+            f"{parent} has {free / 1e9:.2f} GB of free disk, the adapter may need {DISK_NEEDED / 1e9:.1f}; "
+            "free some, or name a folder on another disk with --output"
+        )
 
 
 def is_empty_folder(path):

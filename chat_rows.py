@@ -136,7 +136,10 @@ def _json_fault(error):
 def _faults(row):
     """Yields what is wrong with a row, and what to do about it."""
     if not isinstance(row, dict) or "messages" not in row:
-        yield f'the row is {_kind(row)} without "messages"; write {{"messages": [{{"role": …, "content": …}}, …]}}'
+        yield (
+            f'the row is {_kind(row)} without "messages"; '
+            'write {"messages": [{"role": …, "content": …}, …]}'
+        )
         return
     for key in row:
         if key != "messages":

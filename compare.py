@@ -31,19 +31,21 @@ MAX_NEW_TOKENS = 80
 
 
 def load(adapter, bits):
-    """Returns (model, tokenizer): the base that the adapter names, unquantised or in `bits`, with the adapter.
+    """Returns (model, tokenizer): the base that the adapter names, as it is or in `bits`, with the adapter.
 
     Computes in bf16 on a GPU that has it and in fp32 on a CPU, where bf16 is some 200 times slower.
     Raises RunError if there is no adapter or its base is missing.
     """
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     config = Path(adapter, "adapter_config.json")
     if not config.is_file() or not Path(adapter, "adapter_model.safetensors").is_file():
         raise RunError(f"{adapter} holds no adapter; train one first: python train_qlora.py")
     base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    machine.quiet_libraries()
     gpu = torch.cuda.is_available()
     folder, _ = train_qlora.find_model(base, rehearse=not gpu)
     device, dtype = ("cuda:0", machine.gpu_dtype()) if gpu else ("cpu", torch.float32)
@@ -91,7 +93,7 @@ def answer(model, tokenizer, conversations):
 
 
 def fault(text, ended, needs_call):
-    """Returns why an answer is wrong, or None: a call must be the whole answer, a general answer hold none."""
+    """Returns why an answer is wrong, or None: a call must be the whole of it, a general one hold none."""
     if not ended:
         return f"did not end within {MAX_NEW_TOKENS} tokens"
     if needs_call:
@@ -138,7 +140,6 @@ def main():
 def run(args):
     """Returns the exit code: 0 if tuned passes every probe, else 1."""
     rows = chat_rows.read(args.data)
-    machine.quiet_libraries()
     model, tokenizer = load(args.adapter, args.bits)
     held_out = [row["messages"] for _, row in rows]
     conversations = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
@@ -152,7 +153,7 @@ def run(args):
     tuned = answer(model, tokenizer, conversations)
 
     probes = []
-    for (prompt, need), (base_text, _), (text, ended) in zip(PROBES, base, tuned):  # noqa: B905 rows follow
+    for (prompt, need), (base_text, _), (text, ended) in zip(PROBES, base, tuned, strict=False):
         reason = fault(text, ended, need)
         probes.append(
             {
@@ -164,11 +165,10 @@ def run(args):
                 "reason": reason,
             }
         )
-        print(
-            f"\n{'pass' if reason is None else 'FAIL: ' + reason:<5} {prompt}   (expected: {'call' if need else 'text'})"
-        )
-        print(f"      base:  {chat_rows.printable(base_text)}")
-        print(f"      tuned: {chat_rows.printable(text)}")
+        expected = "a call" if need else "text"
+        print(f"\n{'FAIL: ' + reason if reason else 'pass'}   {prompt}   (needs {expected})")
+        print(f"    base:   {chat_rows.printable(base_text)}")
+        print(f"    tuned: {chat_rows.printable(text)}")
 
     n = len(PROBES)
     figures = {"base": count(base[n:], needed[n:]), "tuned": count(tuned[n:], needed[n:])}

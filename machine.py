@@ -30,7 +30,7 @@ def gpu_dtype():
             )
         if driver:
             raise RunError(
-                f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's GPU; look at "
+                f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's GPU; see "
                 f"nvidia-smi: a driver older than CUDA {torch.version.cuda} needs an older torch, {cure}"
             )
         raise RunError(f"no CUDA GPU on this machine; run on one that has one, {cure}")

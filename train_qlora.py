@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import adapter_folder
@@ -42,14 +43,13 @@ MAX_TOKENS = 2048  # a row's; a longer row is an error, never cut
 
 # What decides memory and speed, and changes no result.
 TOKENS_PER_MICRO_BATCH = 2048  # rows × longest row; 16 short rows, or one of MAX_TOKENS, at once
-LOGITS_AT_ONCE = 128  # trained tokens; one row of logits is 262,208 wide, the largest tensor of the run
+LOGITS_AT_ONCE = 128  # trained tokens, with checkpointing; 262,208 logits each, the largest tensor of all
 
 # What differs in the rehearsal, and why.
 REHEARSAL_LEARNING_RATE = 1e-3  # 270M parameters want larger steps; measured, F1 1.00 on 40 unseen rows
 REHEARSAL_OPTIMIZER = "AdamW"  # bitsandbytes pages its 8-bit optimizer between GPU and host only
 REHEARSAL_DTYPE = "float32"  # a CPU without AVX512-BF16 multiplies bf16 some 200 times slower than fp32
 REHEARSAL_CHECKPOINTING = False  # a CPU's memory is not the limit; recomputing would cost a third more time
-REHEARSAL_TOKENS_PER_MICRO_BATCH = 256  # a CPU gains nothing from a large one, and a small one pads less
 
 CALL_START = "<tool_call"  # a row whose last answer begins so is a call row
 END_OF_TURN = "<end_of_turn>"
@@ -156,23 +156,19 @@ def tokenise_rows(data_path, rows, tokenizer):
     return dataset
 
 
-def micro_batches(examples, tokens, processes=1, process=0):
-    """Cuts a step's examples into this process's micro-batches of at most `tokens` tokens, pads included.
+def micro_batches(examples, processes=1, process=0):
+    """Cuts a step's examples into this process's micro-batches of at most TOKENS_PER_MICRO_BATCH tokens.
 
     Sorted by length, so that little is padded; dealt out in turn, so that processes get equal work.
     """
     batches = []
     for example in sorted(examples, key=lambda e: -len(e["input_ids"]))[process::processes]:
         longest = len(batches[-1][0]["input_ids"]) if batches else 0
-        if batches and (len(batches[-1]) + 1) * longest <= tokens:
+        if batches and (len(batches[-1]) + 1) * longest <= TOKENS_PER_MICRO_BATCH:
             batches[-1].append(example)
         else:
             batches.append([example])
     return batches
-
-
-def tokens_at_once(state):
-    return TOKENS_PER_MICRO_BATCH if state.device.type == "cuda" else REHEARSAL_TOKENS_PER_MICRO_BATCH
 
 
 def pad(examples, pad_id, device):
@@ -195,6 +191,7 @@ def load_model(folder, bits, device, dtype):
     """Returns the base model, its linear layers quantised to 4 or 8 bits, frozen, on one device."""
     import bitsandbytes
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if bits == 4:
@@ -206,18 +203,23 @@ def load_model(folder, bits, device, dtype):
         )
     else:
         quantisation = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=quantisation,
-        dtype=dtype,
-        device_map={"": device},
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=quantisation,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = chat_rows.printable(str(error), 100)
+        raise RunError(f"{folder} is damaged ({reason}); remove it and fetch it anew") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise RunError(
-            f"{folder} lacks weights ({names[0]} and {len(names) - 1} more); fetch it anew: python download_model.py"
+            f"{folder} lacks weights ({names[0]} and {len(names) - 1} more); "
+            "fetch it anew: python download_model.py"
         )
     model.config.get_text_config().use_cache = False
     for module in model.modules():
@@ -251,8 +253,9 @@ def add_lora(model):
 def losses_and_guesses(model, batch):
     """Returns the summed cross entropy of a batch's trained tokens, and the most likely token for each.
 
-    Logits are computed for trained positions only, LOGITS_AT_ONCE at a time; with gradient checkpointing
-    they are computed again in the backward pass instead of kept. The guesses are in the order of labels[:, 1:][labels[:, 1:] != -100].
+    Logits are computed for trained positions only; with gradient checkpointing LOGITS_AT_ONCE at a time,
+    and again in the backward pass instead of being kept. The guesses are in the order in which
+    labels[:, 1:] has the trained tokens.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -270,11 +273,10 @@ def losses_and_guesses(model, batch):
         logits = head(hidden).float()
         return cross_entropy(logits, targets, reduction="sum"), logits.detach().argmax(-1)
 
+    if not base.is_gradient_checkpointing:
+        return chunk(hidden, targets)
     chunks = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
-    if base.is_gradient_checkpointing:
-        results = [checkpoint(chunk, *pair, use_reentrant=False) for pair in chunks]
-    else:
-        results = [chunk(*pair) for pair in chunks]
+    results = [checkpoint(chunk, *pair, use_reentrant=False) for pair in chunks]
     return sum(loss for loss, _ in results), torch.cat([guesses for _, guesses in results])
 
 
@@ -295,7 +297,7 @@ def add_gradients(model, examples, pad_id, state):
 
     total = trained_tokens(examples)
     loss = torch.zeros((), device=state.device)
-    for batch in micro_batches(examples, tokens_at_once(state), state.num_processes, state.process_index):
+    for batch in micro_batches(examples, state.num_processes, state.process_index):
         part = losses_and_guesses(model, pad(batch, pad_id, state.device))[0] / total
         part.backward()
         loss += part.detach()
@@ -322,7 +324,7 @@ def evaluate(model, examples, calls, call_token, pad_id, state):
     examples = [{**example, "is_call": call} for example, call in zip(examples, calls, strict=True)]
     sums = torch.zeros(2, dtype=torch.float64, device="cpu" if state.device.type == "cpu" else state.device)
     with torch.no_grad():
-        for batch in micro_batches(examples, tokens_at_once(state), state.num_processes, state.process_index):
+        for batch in micro_batches(examples, state.num_processes, state.process_index):
             loss, guesses = losses_and_guesses(model, pad(batch, pad_id, state.device))
             sums[0] += loss
             guesses = iter(guesses.tolist())
@@ -371,46 +373,48 @@ def train(model, examples, training, validation, calls, tokenizer, args, state):
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     history = {"steps": steps, "warmup_steps": warmup, "losses": [], "evaluations": [], "kept_step": steps}
     best = None
+    model.train()
     bar = tqdm(
         total=steps, desc="training", unit="step", disable=not state.is_main_process, dynamic_ncols=True
     )
-    model.train()
-    for epoch in range(1, args.epochs + 1):
-        order = list(training)
-        random.Random(f"{SEED} epoch {epoch}").shuffle(order)
-        for start in range(0, len(order), ROWS_PER_STEP):
-            step = len(history["losses"]) + 1
-            # A step's dropout depends on nothing that came before it, an evaluation least of all.
-            torch.manual_seed(SEED + step * state.num_processes + state.process_index)
-            loss = add_gradients(
-                model, [examples[i] for i in order[start : start + ROWS_PER_STEP]], pad_id, state
-            )
-            norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
-            if not math.isfinite(loss) or not torch.isfinite(norm):
-                bar.close()
-                raise RunError(
-                    f"step {step}: the loss ({loss}) or its gradient ({norm:.3g}) is not finite, no adapter was "
-                    f"written; most likely the learning rate {args.learning_rate:g} is too high: try "
-                    f"--learning-rate {args.learning_rate / 10:g}"
+    with bar:
+        for epoch in range(1, args.epochs + 1):
+            order = list(training)
+            random.Random(f"{SEED} epoch {epoch}").shuffle(order)
+            for start in range(0, len(order), ROWS_PER_STEP):
+                step = len(history["losses"]) + 1
+                # A step's dropout depends on nothing that came before it, an evaluation least of all.
+                torch.manual_seed(SEED + step * state.num_processes + state.process_index)
+                loss = add_gradients(
+                    model, [examples[i] for i in order[start : start + ROWS_PER_STEP]], pad_id, state
                 )
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            history["losses"].append(loss)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-        line = f"epoch {epoch:>2}/{args.epochs}  step {step:>3}  training loss {loss:.3f}"
-        if validation:
-            held_out = [examples[i] for i in validation]
-            loss, right = evaluate(model, held_out, [calls[i] for i in validation], call_token, pad_id, state)
-            history["evaluations"].append({"epoch": epoch, "step": step, "loss": loss, "right": right})
-            line += f"  validation loss {loss:.3f}  decided right {right}/{len(validation)}"
-            if best is None or (-right, loss) < best[0]:
-                best = (-right, loss), [w.detach().to("cpu", copy=True) for w in weights]
-                history["kept_step"] = step
-        if state.is_main_process:
-            bar.write(line, file=sys.stdout)
-    bar.close()
+                norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
+                if not math.isfinite(loss) or not torch.isfinite(norm):
+                    raise RunError(
+                        f"step {step}: the loss ({loss}) or its gradient ({norm:.3g}) is not finite, no "
+                        "adapter was written; most likely the learning rate "
+                        f"{args.learning_rate:g} is too high: try --learning-rate {args.learning_rate / 10:g}"
+                    )
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                history["losses"].append(loss)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+            line = f"epoch {epoch:>2}/{args.epochs}  step {step:>3}  training loss {loss:.3f}"
+            if validation:
+                held_out = [examples[i] for i in validation]
+                loss, right = evaluate(
+                    model, held_out, [calls[i] for i in validation], call_token, pad_id, state
+                )
+                history["evaluations"].append({"epoch": epoch, "step": step, "loss": loss, "right": right})
+                line += f"  validation loss {loss:.3f}  decided right {right}/{len(validation)}"
+                if best is None or (-right, loss) < best[0]:
+                    best = (-right, loss), [w.detach().to("cpu", copy=True) for w in weights]
+                    history["kept_step"] = step
+            if state.is_main_process:
+                bar.write(line, file=sys.stdout)
+                sys.stdout.flush()
     if best:
         with torch.no_grad():
             for weight, kept in zip(weights, best[1], strict=True):
@@ -432,8 +436,8 @@ def parse_arguments():
         parse.__name__ = f"positive {kind.__name__}"
         return parse
 
-    local = not download_model.missing_files(download_model.BASE_FOLDER)
-    base = f"./{download_model.BASE_FOLDER}" if local else download_model.BASE_MODEL
+    local = f"./{download_model.BASE_FOLDER}"
+    base = local if Path(local).exists() else download_model.BASE_MODEL
     parser = argparse.ArgumentParser(description="Tune Gemma 3 with QLoRA on chat rows.")
     parser.add_argument("--model", help=f"folder or hub name of the base model (default: {base})")
     parser.add_argument("--data", default=DATA_PATH, help="chat rows (default: %(default)s)")
@@ -478,7 +482,7 @@ def check_tokenizer(tokenizer, model):
     """Raises RunError unless the tokenizer is Gemma 3's, with a chat template."""
     if tokenizer.chat_template is None:
         raise RunError(
-            f"{model} has no chat template; take an instruction-tuned model such as {download_model.BASE_MODEL}"
+            f"{model} has no chat template; take an instruction-tuned model: {download_model.BASE_MODEL}"
         )
     if END_OF_TURN not in tokenizer.get_vocab():
         raise RunError(f"{model} is no Gemma 3: its tokenizer has no {END_OF_TURN}; name one with --model")
@@ -495,6 +499,13 @@ def main():
     except KeyboardInterrupt:
         print("\nstopped; no adapter was written", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:  # torch, and so the name of its error, may not be imported here
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        cure = "close what else runs on it (nvidia-smi), shorten the longest rows, or take a larger card"
+        cure = f"train with --bits 4, {cure}" if args.bits == 8 else cure
+        print(f"the GPU's memory is full; {cure}; no adapter was written", file=sys.stderr)
+        sys.exit(1)
 
 
 def run(args):
@@ -510,7 +521,7 @@ def run(args):
     machine.quiet_libraries()
     dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else machine.gpu_dtype()
     state = PartialState(cpu=args.rehearse)
-    say = print if state.is_main_process else lambda *_: None
+    say = partial(print, flush=True) if state.is_main_process else lambda *_: None
     say(f"rows       {len(rows)} of {args.data}: {sum(calls)} with a call, {len(rows) - sum(calls)} without")
     if not validation:
         say("           too few to hold 10 % out: all are trained on, and the last step's adapter is kept")
@@ -575,8 +586,8 @@ def run(args):
 
 def recipe():
     """Returns the constants at the top that decide the result, for run.json."""
-    names = "LORA_R LORA_ALPHA LORA_DROPOUT TARGET_MODULES EXCLUDE_MODULES ROWS_PER_STEP WARMUP_STEPS WARMUP_SHARE"
-    names += " MAX_GRAD_NORM VALIDATION_SHARE SEED MAX_TOKENS"
+    names = "LORA_R LORA_ALPHA LORA_DROPOUT TARGET_MODULES EXCLUDE_MODULES ROWS_PER_STEP MAX_GRAD_NORM"
+    names += " WARMUP_STEPS WARMUP_SHARE VALIDATION_SHARE SEED MAX_TOKENS"
     return {name.lower(): globals()[name] for name in names.split()}
 
 

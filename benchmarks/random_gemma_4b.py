@@ -44,16 +44,16 @@ def config():
     )
 
 
-def write(folder, tokenizer, device):
+def write(folder, tokenizer, device, config):
     """Writes the model (8.6 GB of bf16 safetensors) into a folder, with the tokenizer files of another."""
     import torch
     from transformers import Gemma3ForConditionalGeneration, GenerationConfig
 
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
-        model = Gemma3ForConditionalGeneration(config())
+        model = Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
     model.to_empty(device=device)
+    model.tie_weights()  # to_empty has given the output head memory of its own
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter.data, std=DRAWN_LIKE)
@@ -74,7 +74,7 @@ def main():
         "--tokenizer", default="gemma-3-270m", help="folder to copy it from (default: %(default)s)"
     )
     args = parser.parse_args()
-    write(args.folder, args.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
+    write(args.folder, args.tokenizer, "cuda" if torch.cuda.is_available() else "cpu", config())
 
 
 if __name__ == "__main__":

@@ -35,17 +35,8 @@ def tiny_tokenizer():
     return tokenizer
 
 
-def write_tiny_model(folder, multimodal=False):
-    """Writes a whole model folder of about 100,000 random weights; returns its path as a string."""
-    import torch
-    from transformers import (
-        Gemma3Config,
-        Gemma3ForCausalLM,
-        Gemma3ForConditionalGeneration,
-        Gemma3TextConfig,
-        GenerationConfig,
-        SiglipVisionConfig,
-    )
+def tiny_config(multimodal):
+    from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 
     text = Gemma3TextConfig(
         vocab_size=512,
@@ -60,7 +51,6 @@ def write_tiny_model(folder, multimodal=False):
         layer_types=["sliding_attention", "full_attention"],
         max_position_embeddings=4096,
     )
-    torch.manual_seed(0)
     if multimodal:
         vision = SiglipVisionConfig(
             hidden_size=32,
@@ -71,10 +61,17 @@ def write_tiny_model(folder, multimodal=False):
             patch_size=14,
             vision_use_head=False,
         )
-        config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-        model = Gemma3ForConditionalGeneration(config)
-    else:
-        model = Gemma3ForCausalLM(text)
+        return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return text
+
+
+def write_tiny_model(folder, multimodal=False):
+    """Writes a whole model folder of about 100,000 random weights; returns its path as a string."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, GenerationConfig
+
+    torch.manual_seed(0)
+    model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM)(tiny_config(multimodal))
     model.generation_config = GenerationConfig(eos_token_id=[1, 106], pad_token_id=0, bos_token_id=2)
     model.to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -22,6 +22,7 @@ SCRIPT = Path(download_model.__file__)
 TOKEN = "hf_planted0token0that0must0never0be0shown"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = {"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
+REVISION = {"REVISION": b"0123456789abcdef0123456789abcdef01234567\n"}  # the commit that the hub names
 WANTED = {
     "config.json": b"{}",
     "tokenizer.json": b'{"version": "1.0"}',
@@ -89,7 +90,7 @@ def test_brings_what_is_needed_and_nothing_else(tmp_path, hub):
     code, stdout, stderr = run(tmp_path, hub.url, token=TOKEN)
     assert code == 0, stderr
     folder = tmp_path / "gemma-3-4b-it"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == WANTED
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {**WANTED, **REVISION}
     assert missing_files(folder) == []
     assert not (tmp_path / "gemma-3-4b-it.part").exists()
     assert stdout.splitlines()[0] == f"{BASE_MODEL} into gemma-3-4b-it: 12 files, 0.0 GB"
@@ -210,7 +211,10 @@ def test_goes_on_where_the_connection_broke(tmp_path, hub):
     assert code == 0, stderr
     assert "0.0 GB of it here already" in stdout
     assert [headers.get("range") for headers in hub.large_requests()] == [f"bytes={10 * 2**20}-"]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "gemma-3-4b-it").iterdir()} == hub.files
+    assert {path.name: path.read_bytes() for path in (tmp_path / "gemma-3-4b-it").iterdir()} == {
+        **hub.files,
+        **REVISION,
+    }
 
 
 def test_survives_one_break_by_itself(tmp_path, hub):
@@ -234,7 +238,10 @@ def test_damaged_half_is_thrown_away(tmp_path, hub):
     assert not (tmp_path / "gemma-3-4b-it").exists()
     code, _, stderr = run(tmp_path, hub.url)
     assert code == 0, stderr
-    assert {path.name: path.read_bytes() for path in (tmp_path / "gemma-3-4b-it").iterdir()} == WANTED
+    assert {path.name: path.read_bytes() for path in (tmp_path / "gemma-3-4b-it").iterdir()} == {
+        **WANTED,
+        **REVISION,
+    }
 
 
 @pytest.mark.parametrize(

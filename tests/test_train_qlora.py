@@ -1,9 +1,13 @@
 """Labels, split, batches, gradients and what a run leaves behind, on a tiny random Gemma 3."""
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import adapter_folder
 import chat_rows
 import machine
 import train_qlora
@@ -245,9 +250,20 @@ def test_the_trainable_line_is_ours_and_the_articles_is_explained():
     assert f"{100 * trainable / everything:.4f}" == "0.7567"
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(tiny_text_model, tmp_path):
-    import shutil
+def test_the_random_model_of_the_benchmarks_is_whole_and_tied(tiny_text_model, tmp_path):
+    from conftest import tiny_config
+    from safetensors.torch import load_file
 
+    folder = tmp_path / "random"
+    random_gemma_4b.write(folder, tiny_text_model, "cpu", tiny_config(multimodal=True))
+    names = load_file(folder / "model.safetensors")
+    assert not any("lm_head" in name for name in names)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in names.values())
+    model = loaded(str(folder), lora=False)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_text_model, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(tiny_text_model, tmp_path / "cut")
@@ -286,10 +302,11 @@ def test_logits_in_chunks_and_checkpointing_give_the_same_gradient(tiny_model, e
 # ------------------------------------------------------------------------------------------- batches
 
 
-def test_a_micro_batch_is_as_large_as_its_tokens_allow(examples):
+def test_a_micro_batch_is_as_large_as_its_tokens_allow(examples, monkeypatch):
     sizes = {}
     for tokens in (100, 600, 10**6):
-        batches = train_qlora.micro_batches(examples[:16], tokens)
+        monkeypatch.setattr(train_qlora, "TOKENS_PER_MICRO_BATCH", tokens)
+        batches = train_qlora.micro_batches(examples[:16])
         for batch in batches:
             longest = max(len(e["input_ids"]) for e in batch)
             assert len(batch) == 1 or len(batch) * longest <= tokens
@@ -299,11 +316,11 @@ def test_a_micro_batch_is_as_large_as_its_tokens_allow(examples):
 
 
 def test_processes_share_a_step_out_among_them(examples):
-    parts = [train_qlora.micro_batches(examples[:15], 10**6, 4, rank) for rank in range(4)]
+    parts = [train_qlora.micro_batches(examples[:15], 4, rank) for rank in range(4)]
     assert [len(part[0]) for part in parts] == [4, 4, 4, 3]
     dealt = [tuple(e["input_ids"]) for part in parts for e in part[0]]
     assert sorted(dealt) == sorted(tuple(e["input_ids"]) for e in examples[:15])
-    assert train_qlora.micro_batches(examples[:1], 10**6, 2, 1) == []
+    assert train_qlora.micro_batches(examples[:1], 2, 1) == []
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batch(tiny_model, examples, monkeypatch):
@@ -421,9 +438,9 @@ def _tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(("rows", "epochs", "warmup"), [(63, 10, 10), (63, 2, 2), (16, 3, 0)])
+@pytest.mark.parametrize(("count", "epochs", "warmup"), [(63, 10, 10), (63, 2, 2), (16, 3, 0)])
 def test_the_warm_up_takes_ten_steps_and_never_more_than_a_quarter(
-    tiny_text_model, examples, monkeypatch, rows, epochs, warmup
+    tiny_text_model, examples, monkeypatch, count, epochs, warmup
 ):
     model = loaded(tiny_text_model)
     rates = []
@@ -446,9 +463,9 @@ def test_the_warm_up_takes_ten_steps_and_never_more_than_a_quarter(
     )
     args = SimpleNamespace(learning_rate=2.0, epochs=epochs)
     history = train_qlora.train(
-        model, examples, list(range(rows)), [], [True] * 70, _tokenizer(tiny_text_model), args, CPU
+        model, examples, list(range(count)), [], [True] * 70, _tokenizer(tiny_text_model), args, CPU
     )
-    steps = math.ceil(rows / 16) * epochs
+    steps = math.ceil(count / 16) * epochs
     assert history["warmup_steps"] == warmup
     assert history["steps"] == len(rates) == steps
     for step, rate in enumerate(rates):
@@ -518,6 +535,24 @@ def command(*arguments, folder, check=True, **environment):
     if check:
         assert result.returncode == 0, result.stderr
     return result
+
+
+def typed(*arguments, folder):
+    """The same within this process, which spares the imports; returns (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, cwd = sys.argv, os.getcwd()
+    sys.argv = ["train_qlora.py", *map(str, arguments)]
+    os.chdir(folder)
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            train_qlora.main()
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        sys.argv = argv
+        os.chdir(cwd)
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -603,19 +638,17 @@ def test_a_second_run_keeps_the_first_ones_adapter_and_repeats_its_losses(finish
     folder, _ = finished_run
     first = (folder / "out/adapter_model.safetensors").read_bytes()
     losses = json.loads((folder / "out/run.json").read_text())["losses"]
-    result = command(
+    code, output, _ = typed(
         *["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"],
         *["--epochs", 2, "--bits", 8, "--learning-rate", 3e-3, "--output", "out"],
         folder=folder,
     )
-    assert "earlier    the adapter that was in out is now in out.1" in result.stdout
+    assert code == 0
+    assert "earlier    the adapter that was in out is now in out.1" in output
     assert (folder / "out.1/adapter_model.safetensors").read_bytes() == first
     assert (folder / "out/adapter_model.safetensors").read_bytes() == first
     assert json.loads((folder / "out/run.json").read_text())["losses"] == losses
-    (folder / "out.1").rename(folder / "out.1.seen")
-    import shutil
-
-    shutil.rmtree(folder / "out.1.seen")
+    shutil.rmtree(folder / "out.1")
 
 
 def test_two_processes_give_the_losses_of_one(tiny_text_model, tmp_path):
@@ -648,14 +681,13 @@ def test_two_processes_give_the_losses_of_one(tiny_text_model, tmp_path):
 
 
 def test_a_learning_rate_that_explodes_stops_with_the_step_and_writes_nothing(tiny_text_model, tmp_path):
-    result = command(
+    code, _, errors = typed(
         *["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"],
         *["--epochs", 3, "--learning-rate", 1e30],
         folder=tmp_path,
-        check=False,
     )
-    assert result.returncode == 1
-    assert re.search(r"^step \d+: the loss .* is not finite.* --learning-rate 1e\+29$", result.stderr, re.M)
+    assert code == 1
+    assert re.search(r"^step \d+: the loss .* is not finite.* --learning-rate 1e\+29$", errors, re.M)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -713,11 +745,72 @@ def test_an_output_that_is_no_adapters_is_refused(tmp_path):
 
 def test_a_model_that_is_not_whole_is_refused(tmp_path):
     (tmp_path / "half").mkdir()
+    code, _, errors = typed(
+        *["--rehearse", "--model", "./half", "--data", ROOT / "examples.json"], folder=tmp_path
+    )
+    assert code == 1
+    assert "./half is no complete model (config.json is missing)" in errors
+
+
+def test_a_model_whose_weights_are_cut_is_refused(tmp_path, tiny_text_model):
+    folder = Path(shutil.copytree(tiny_text_model, tmp_path / "cut"))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    code, _, errors = typed(
+        *["--rehearse", "--model", "./cut", "--data", ROOT / "examples.json"], folder=tmp_path
+    )
+    assert code == 1
+    assert re.search(r"^\./cut is damaged \(.*\); remove it and fetch it anew$", errors, re.M)
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_one_line(tmp_path):
     result = command(
-        *["--rehearse", "--model", "./half", "--data", ROOT / "examples.json"], folder=tmp_path, check=False
+        *["--rehearse", "--model", "google/gemma-3-4b-it", "--data", ROOT / "examples.json"],
+        folder=tmp_path,
+        check=False,
+        HF_HOME=str(tmp_path / "cache"),
     )
     assert result.returncode == 1
-    assert "./half is no complete model (config.json is missing)" in result.stderr
+    assert result.stderr.startswith("google/gemma-3-4b-it: HF_HUB_OFFLINE")
+    assert result.stderr.count("\n") == 1
+
+
+def test_too_little_disk_and_a_full_gpu_are_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**8)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(machine.RunError, match=r"0.10 GB of free disk, the adapter may need 0.5"):
+            adapter_folder.check("out")
+
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_qlora, "run", full)
+    monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--bits", "8"])
+    with pytest.raises(SystemExit) as caught:
+        train_qlora.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("the GPU's memory is full; train with --bits 4, ")
+
+
+def test_control_c_is_one_line_and_exit_130(tmp_path, tiny_text_model):
+    arguments = ["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_qlora.py", *arguments, "--epochs", "1000"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch "):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.endswith("stopped; no adapter was written\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_model_is_the_folder_if_it_is_there_else_the_hubs(tmp_path, tiny_text_model):
