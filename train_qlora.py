@@ -581,7 +581,8 @@ def run(args):
     if earlier:
         say(f"earlier    the adapter that was in {args.output} is now in {earlier}")
     say(f"adapter    {args.output}, of step {history['kept_step']}; its curves: {args.output}/loss.png")
-    say(f"next       python compare.py{'' if args.output == OUTPUT_DIR else ' --adapter ' + args.output}")
+    adapter = "" if args.output == OUTPUT_DIR else f" --adapter {args.output}"
+    say(f"next       python compare.py --bits {args.bits}{adapter}")
 
 
 def recipe():

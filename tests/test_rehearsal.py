@@ -77,21 +77,20 @@ def test_it_takes_six_gigabytes_at_most_and_the_loss_falls(rehearsed):
     assert seconds < SECONDS_ALLOWED
     assert run["revision"] == (folder / "gemma-3-270m/REVISION").read_text().strip()
     assert "trainable params: 3,796,992 " in output
-    assert "next       python compare.py\n" in output
+    assert "next       python compare.py --bits 4\n" in output
 
 
-def test_the_tuned_model_calls_where_the_base_does_not(rehearsed):
+def test_the_tuned_model_passes_the_probes_and_the_base_does_not(rehearsed):
     folder, _, _ = rehearsed
-    result = python(ROOT / "compare.py", "--json", "report.json", folder=folder)
+    result = python(ROOT / "compare.py", "--bits", 4, "--json", "report.json", folder=folder)
     report = json.loads((folder / "report.json").read_text())
-    passed = [probe["pass"] for probe in report["probes"]]
-    assert passed[:4] == [True] * 4
-    assert result.returncode == (0 if all(passed) else 1)
+    assert [probe["pass"] for probe in report["probes"]] == [True] * 6
+    assert result.returncode == 0
     assert not any("tool_call" in probe["base"] for probe in report["probes"])
     base, tuned = report["rows"]["base"], report["rows"]["tuned"]
     assert (tuned["needed"], tuned["general"]) == (20, 20)
     assert base["right"] == 0
-    # The aim is an F1 of 0.95 with one false call at most, and all six probes. Measured so far: 0.73 to 0.83
-    # on a CPU, 0.93 to 0.95 on a GPU with other seeds: with 7 validation rows an early step is often kept.
-    assert tuned["right"] >= 17
-    assert tuned["f1"] >= 0.7
+    # The aim is an F1 of 0.95 with one false call at most. Measured so far: 0.91 with four on a CPU, 0.93 to
+    # 0.95 with two or three on a GPU with three seeds.
+    assert tuned["right"] >= 18
+    assert tuned["f1"] >= 0.85

@@ -579,7 +579,7 @@ def test_a_run_tells_what_it_does_and_where_the_result_is(finished_run, tiny_tex
         r"memory     resident \d\.\d\d GiB at most",
         r"time       [\d.]+ s loading, [\d.]+ s training",
         r"adapter    out, of step [48]; its curves: out/loss.png",
-        r"next       python compare.py --adapter out",
+        r"next       python compare.py --bits 8 --adapter out",
     ):
         assert re.search(f"^{line}$", result.stdout, re.M), line
     assert "warn" not in (result.stderr + result.stdout).lower()
