@@ -22,27 +22,15 @@ def plot(history, path):
         range(1, len(history["losses"]) + 1), history["losses"], color="tab:blue", label="training loss"
     )
     axes.set(xlabel="step", ylabel="loss (nats per trained token)", ylim=(0, None))
-    if history["evaluations"]:
-        steps = [e["step"] for e in history["evaluations"]]
-        axes.plot(
-            steps,
-            [e["loss"] for e in history["evaluations"]],
-            "o-",
-            color="tab:orange",
-            label="validation loss",
-        )
+    evaluations = history["evaluations"]
+    if evaluations:
+        steps = [e["step"] for e in evaluations]
+        axes.plot(steps, [e["loss"] for e in evaluations], "o-", color="tab:orange", label="validation loss")
         rows = history["rows"]["validation"]
         right = axes.twinx()
-        right.plot(
-            steps,
-            [e["right"] for e in history["evaluations"]],
-            "s--",
-            color="tab:green",
-            label="decided right",
-        )
+        right.plot(steps, [e["right"] for e in evaluations], "s--", color="tab:green", label="decided right")
         right.set(ylabel=f"validation rows decided right, of {rows}", ylim=(0, rows * 1.05))
         right.yaxis.get_major_locator().set_params(integer=True)
-        axes.plot([], [], "s--", color="tab:green", label="validation rows decided right")
     axes.axvline(
         history["kept_step"], color="gray", linestyle=":", label=f"kept: step {history['kept_step']}"
     )

@@ -43,18 +43,13 @@ def load(adapter, bits):
 
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     machine.quiet_libraries()
     gpu = torch.cuda.is_available()
     folder, _ = train_qlora.find_model(base, rehearse=not gpu)
     device, dtype = ("cuda:0", machine.gpu_dtype()) if gpu else ("cpu", torch.float32)
-    if bits:
-        model = train_qlora.load_model(folder, bits, device, dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, use_safetensors=True
-        )
+    model = train_qlora.load_model(folder, bits, device, dtype)
     model = PeftModel.from_pretrained(model, adapter).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 

@@ -188,7 +188,10 @@ def pad(examples, pad_id, device):
 
 
 def load_model(folder, bits, device, dtype):
-    """Returns the base model, its linear layers quantised to 4 or 8 bits, frozen, on one device."""
+    """Returns the base model on one device, its linear layers quantised to 4 or 8 bits, or to none (None).
+
+    Raises RunError for a folder that is damaged or lacks weights.
+    """
     import bitsandbytes
     import torch
     from safetensors import SafetensorError
@@ -201,8 +204,10 @@ def load_model(folder, bits, device, dtype):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    else:
+    elif bits == 8:
         quantisation = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+    else:
+        quantisation = None
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -322,16 +327,17 @@ def evaluate(model, examples, calls, call_token, pad_id, state):
     was_training = model.training
     model.eval()
     examples = [{**example, "is_call": call} for example, call in zip(examples, calls, strict=True)]
-    sums = torch.zeros(2, dtype=torch.float64, device="cpu" if state.device.type == "cpu" else state.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=state.device)
     with torch.no_grad():
         for batch in micro_batches(examples, state.num_processes, state.process_index):
             loss, guesses = losses_and_guesses(model, pad(batch, pad_id, state.device))
             sums[0] += loss
             guesses = iter(guesses.tolist())
             for example in batch:
-                guess = [next(guesses) if label != -100 else None for label in example["labels"][1:]]
-                last = answer_span(example["labels"][1:])
-                right = guess[last] == example["labels"][1:][last]
+                labels = example["labels"][1:]
+                guess = [next(guesses) if label != -100 else None for label in labels]
+                last = answer_span(labels)
+                right = guess[last] == labels[last]
                 sums[1] += right if example["is_call"] else guess[last.start] != call_token
     if state.num_processes > 1:
         torch.distributed.all_reduce(sums)
@@ -531,9 +537,9 @@ def run(args):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer, args.model)
     examples = tokenise_rows(args.data, rows, tokenizer)
-    tokens, trained = sum(len(e["input_ids"]) for e in examples), trained_tokens(examples)
-    longest = max(len(e["input_ids"]) for e in examples)
-    say(f"tokens     {tokens} in all, {trained} trained, {longest} in the longest row")
+    lengths = [len(ids) for ids in examples["input_ids"]]
+    tokens, trained = sum(lengths), trained_tokens(examples)
+    say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
 
     say(f"model      {args.model} in {args.bits} bits on {machine.device_name(state.device)}")
     started = time.perf_counter()
