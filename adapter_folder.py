@@ -1,12 +1,16 @@
-"""The folder that training leaves: adapter, tokenizer, run.json, loss.png; written whole and read back."""
+"""The folder that training leaves: adapter, tokenizer, run.json, loss.png; written whole, read with doubt."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
+from chat_rows import printable
 from machine import RunError
 
+WEIGHTS = "adapter_model.safetensors"
+COMPARISON = "compare.json"  # what compare.py leaves beside the adapter, for the merged model's card
+AGAIN = "train again: python train_qlora.py"
 DISK_NEEDED = 500e6  # bytes: adapter (120 MB on 4B), tokenizer (33 MB), plot; twice, and some room
 
 
@@ -78,7 +82,7 @@ def write(output, model, tokenizer, run):
     (aside / "run.json").write_text(json.dumps(run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     plot(run, aside / "loss.png")
 
-    read_back = load_file(aside / "adapter_model.safetensors")
+    read_back = load_file(aside / WEIGHTS)
     trained = get_peft_model_state_dict(model)
     targets = [name for name, module in model.named_modules() if hasattr(module, "lora_B")]
     if set(read_back) != set(trained) or sum("lora_B" in name for name in read_back) != len(targets):
@@ -95,3 +99,107 @@ def write(output, model, tokenizer, run):
         earlier = output.rename(output.with_name(f"{output.name}.{number}"))
     aside.replace(output)
     return earlier
+
+
+def write_json(path, value):
+    """Writes a JSON file aside and renames it into place; raises RunError if it cannot be written."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        aside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}); name another file") from error
+
+
+def read_settings(folder):
+    """Returns (config, run): adapter_config.json as a dict, and run.json's, {} if there is none.
+
+    No weight is read but the file's header. Raises RunError if the folder holds no adapter, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(f"{folder} is not there; train an adapter first: python train_qlora.py")
+    if not (folder / "adapter_config.json").is_file():
+        raise RunError(f"{folder} holds no adapter (adapter_config.json is missing); {AGAIN}")
+    config = _read_object(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        method = printable(str(config.get("peft_type")))
+        raise RunError(f"{folder} was made by the method {method}, not by LoRA; {AGAIN}")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise RunError(f"{folder}/adapter_config.json names no base model; {AGAIN}")
+    if not (folder / WEIGHTS).is_file():
+        pickle = (folder / "adapter_model.bin").is_file()
+        reason = "only a pickle, which is never read: it may run any code" if pickle else f"no {WEIGHTS}"
+        raise RunError(f"{folder} holds {reason}; {AGAIN}")
+    try:
+        with safe_open(folder / WEIGHTS, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{folder}/{WEIGHTS} is damaged ({printable(str(error))}); {AGAIN}") from error
+    return config, _read_object(folder / "run.json") if (folder / "run.json").is_file() else {}
+
+
+def _read_object(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = printable(str(error))
+        raise RunError(f"{path} is damaged ({reason}); {AGAIN}") from error
+    return value
+
+
+def check_weights(folder, base, revision):
+    """Checks an adapter's tensors against those that its config gives on the model in the folder `base`.
+
+    `revision` is the base's, or None. Raises RunError for an adapter of another base, one that lacks a module
+    or has another rank, or one with a weight that is not finite or a lora_B that is all zeros.
+    """
+    import torch
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    other, damaged = f"{folder} was trained on another base", f"{folder} is damaged"
+    _, run = read_settings(folder)
+    if revision and run.get("revision") and run["revision"] != revision:
+        versions = f"{printable(str(run['revision']), 12)}, {base} holds {printable(revision, 12)}"
+        raise RunError(
+            f"{folder} was trained on another base (revision {versions}); fetch that one, or {AGAIN}"
+        )
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        config.base_model_name_or_path = str(base)  # a hub's name, and PEFT would warn of the cache's path
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+            expected = get_peft_model_state_dict(get_peft_model(model, config))
+    except (ValueError, TypeError, KeyError) as error:
+        reason = printable(str(error), 100)
+        raise RunError(f"{folder}/adapter_config.json does not fit {base} ({reason}); {AGAIN}") from error
+    with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+        found = set(file.keys())
+        if extra := sorted(found - set(expected)):
+            raise RunError(f"{other}: {base} has no place for {extra[0]}; {AGAIN}")
+        for name in sorted(found):
+            # lora_A is (rank, width of the input), lora_B (width of the output, rank).
+            shape, wanted = file.get_slice(name).get_shape(), list(expected[name].shape)
+            rank = 0 if "lora_A" in name else 1
+            if shape[1 - rank] != wanted[1 - rank]:
+                widths = f"{shape[1 - rank]} wide, in {base} {wanted[1 - rank]}"
+                raise RunError(f"{other}: {name} is {widths}; {AGAIN}")
+            if shape != wanted:
+                ranks = f"rank {shape[rank]}, adapter_config.json says {wanted[rank]}"
+                raise RunError(f"{damaged}: {name} has {ranks}; {AGAIN}")
+        if missing := sorted(set(expected) - found):
+            raise RunError(f"{damaged}: {missing[0]} and {len(missing) - 1} more are missing; {AGAIN}")
+        for name in sorted(found):
+            tensor = file.get_tensor(name)
+            if not tensor.isfinite().all():
+                raise RunError(f"{damaged}: {name} is not finite; {AGAIN}")
+            if "lora_B" in name and not tensor.any():
+                raise RunError(f"{damaged}: {name} is all zeros, nothing was learned there; {AGAIN}")

@@ -1,6 +1,8 @@
 """Chat Messages JSON: what a row may be, and where exactly one is not."""
 
+import hashlib
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -34,6 +36,18 @@ def text_of(message):
     """Returns a message's text; text parts are put together as Gemma's template does: trimmed, unspaced."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"].strip() for part in content)
+
+
+def normalised(text):
+    """Returns text in lower case, ё as е, punctuation and blanks as single spaces."""
+    text = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).lower().replace("ё", "е"))
+    return " ".join(text.split())
+
+
+def fingerprint(messages):
+    """Returns the sha256 (hex) of a conversation's normalised turns: of what an answer is asked for."""
+    turns = [f"{message['role']}: {normalised(text_of(message))}" for message in messages]
+    return hashlib.sha256("\n".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read(path):

@@ -1,21 +1,30 @@
 """Base and tuned side by side: does the tuned model call when it must, and only then?
 
-python compare.py                    six probes, and the rows of heldout.json that no one was trained on
-python compare.py --bits 4           on the card that trained it, if the unquantised model does not fit
+    python compare.py             six probes, and the rows of heldout.json that no one was trained on
+    python compare.py --bits 4    on a card that the unquantised model does not fit
+
+Exits with 0 if tuned passes all six probes, 1 if not, 2 for wrong arguments or a damaged adapter.
 """
 
 import argparse
 import json
+import os
+import shutil
 import sys
+import textwrap
+import time
 from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
 
+import adapter_folder
 import chat_rows
 import download_model
 import machine
+import tool_call
 import train_qlora
 from machine import RunError
 
-ADAPTER = "qlora_output"
 HELD_OUT = "heldout.json"
 # Four that need the call and two that do not; none of them stands in examples.json or heldout.json.
 PROBES = [
@@ -26,20 +35,29 @@ PROBES = [
     ("Что такое кредитный лимит?", False),
     ("Добрый день, как настроение?", False),
 ]
-CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
+CALL = tool_call.Call("get_sensitive_data", {}, ())
 MAX_NEW_TOKENS = 80
+TOKENS_PER_BATCH = 16384  # rows × (longest prompt + MAX_NEW_TOKENS) answered at once: 2.3 GB of cache on 4B
+WEIGHTS_ROOM = 1.2  # of the weights' size: activations and cache of a batch beside them, measured on 4B
+Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
+
+
+# ------------------------------------------------------------------------------------------- answers
+
+
+class Answer(NamedTuple):
+    text: str
+    ended: bool  # by itself, within MAX_NEW_TOKENS
+    ids: list  # of its tokens, without the end token
 
 
 def load(adapter, bits):
-    """Returns (model, tokenizer): the base that the adapter names, as it is or in `bits`, with the adapter.
+    """Returns (model, tokenizer, run): the base that the adapter names with the adapter on, and its run.json.
 
     Computes in bf16 on a GPU that has it and in fp32 on a CPU, where bf16 is some 200 times slower.
-    Raises RunError if there is no adapter or its base is missing.
+    Raises RunError if adapter or base are missing, damaged or not each other's, or the GPU is too small.
     """
-    config = Path(adapter, "adapter_config.json")
-    if not config.is_file() or not Path(adapter, "adapter_model.safetensors").is_file():
-        raise RunError(f"{adapter} holds no adapter; train one first: python train_qlora.py")
-    base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    config, run = adapter_folder.read_settings(adapter)
 
     import torch
     from peft import PeftModel
@@ -47,81 +65,239 @@ def load(adapter, bits):
 
     machine.quiet_libraries()
     gpu = torch.cuda.is_available()
-    folder, _ = train_qlora.find_model(base, rehearse=not gpu)
+    base = config["base_model_name_or_path"]
+    folder, revision = train_qlora.find_model(base, rehearse=not gpu)
+    adapter_folder.check_weights(adapter, folder, revision)
     device, dtype = ("cuda:0", machine.gpu_dtype()) if gpu else ("cpu", torch.float32)
+    if gpu and bits is None:
+        needed = WEIGHTS_ROOM * download_model.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
+        free, _ = torch.cuda.mem_get_info()
+        if needed > free:
+            raise RunError(
+                f"{base} unquantised needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free on the "
+                "GPU; compare with --bits 4"
+            )
     model = train_qlora.load_model(folder, bits, device, dtype)
-    model = PeftModel.from_pretrained(model, adapter).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(folder), run
 
 
-def answer(model, tokenizer, conversations):
-    """Answers a batch of conversations, each a list of messages ending with the user's, greedily.
+def batches(prompts):
+    """Cuts the numbers of tokenised prompts into batches of at most TOKENS_PER_BATCH, longest first."""
+    result = []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        longest = len(prompts[result[-1][0]]) + MAX_NEW_TOKENS if result else 0
+        if result and (len(result[-1]) + 1) * longest <= TOKENS_PER_BATCH:
+            result[-1].append(i)
+        else:
+            result.append([i])
+    return result
 
-    Returns [(text, ended), …]; ended is whether the model stopped by itself within MAX_NEW_TOKENS.
-    """
+
+def answer(model, tokenizer, conversations, title="answering"):
+    """Answers conversations, each a list of messages that ends with the user's, greedily; returns Answers."""
     import torch
+    from tqdm import tqdm
+    from transformers import StoppingCriteriaList
 
-    prompts = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        for messages in conversations
-    ]
-    # Padded on the left, so that every answer begins where its prompt ends.
-    batch = tokenizer(
-        prompts,
-        add_special_tokens=False,
-        padding=True,
-        padding_side="left",
-        pad_to_multiple_of=8,  # torch 2.11 on an H100 gave padded prompts of 33 tokens a wrong first token
-        return_tensors="pt",
-    ).to(model.device)
+    prompts = []
+    for messages in conversations:
+        messages = [{"role": m["role"], "content": chat_rows.text_of(m)} for m in messages]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    with torch.inference_mode():
-        output = model.generate(
-            **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, use_cache=True, eos_token_id=ends
-        )
-    answers = []
-    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-        end = next((place for place, token in enumerate(ids) if token in ends), None)
-        answers.append((tokenizer.decode(ids[:end], skip_special_tokens=False), end is not None))
+    answers = [None] * len(prompts)
+    work = batches(prompts)
+    bar = tqdm(total=MAX_NEW_TOKENS * len(work), desc=title, unit="token", leave=False, disable=None)
+
+    def advance(input_ids, scores, **_):
+        bar.update()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    with bar:
+        for number, batch in enumerate(work, 1):
+            # Padded on the left, so that every answer begins where its prompt ends.
+            inputs = tokenizer.pad(
+                {"input_ids": [prompts[i] for i in batch]},
+                padding_side="left",
+                pad_to_multiple_of=8,  # fp32 on an H100, torch 2.11: padded to 33, all went wrong
+                return_tensors="pt",
+            ).to(model.device)
+            with torch.inference_mode():
+                output = model.generate(
+                    **inputs,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    do_sample=False,
+                    top_k=None,  # what Gemma's own generation config asks for when it samples
+                    top_p=None,
+                    use_cache=True,
+                    eos_token_id=ends,
+                    stopping_criteria=StoppingCriteriaList([advance]),
+                )
+            for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                end = next((place for place, token in enumerate(ids) if token in ends), None)
+                ids = ids[:end]
+                answers[i] = Answer(tokenizer.decode(ids, skip_special_tokens=False), end is not None, ids)
+            bar.update(number * MAX_NEW_TOKENS - bar.n)
     return answers
 
 
-def fault(text, ended, needs_call):
-    """Returns why an answer is wrong, or None: a call must be the whole of it, a general one hold none."""
-    if not ended:
-        return f"did not end within {MAX_NEW_TOKENS} tokens"
-    if needs_call:
-        return None if text == CALL else "malformed call" if "tool_call" in text else "no call"
-    if "tool_call" in text:
-        return "false call"
-    return None if text.strip() else "empty answer"
+# ------------------------------------------------------------------------------------------- verdict
 
 
-def count(answers, needed):
-    """Returns the confusion counts of [(text, ended), …]; `malformed` is a part of the missed."""
-    faults = [fault(*a, need) for a, need in zip(answers, needed, strict=True)]
-    right = sum(need and not f for f, need in zip(faults, needed, strict=True))
-    false = sum(not need and "tool_call" in text for (text, _), need in zip(answers, needed, strict=True))
-    missed = sum(needed) - right
-    return {
+def judge(answer, expected):
+    """Returns (kind, reason) of an Answer where `expected` is a tool_call.Call, or None for plain text.
+
+    Kinds where a call is needed: "right", "missed" (no trace of a call), "malformed" (a trace, and not the
+    one call asked for); where text is: "right", "false" (a trace of a call), "unfit" (empty, unended).
+    """
+    unended = None if answer.ended else f"does not end within {MAX_NEW_TOKENS} tokens"
+    traced = tool_call.trace(answer.text)
+    if expected is None:
+        if traced:
+            return "false", "a call where text is expected"
+        if unended or not answer.text.strip():
+            return "unfit", unended or "an empty answer"
+        return "right", None
+    if not traced:
+        return "missed", "no call"
+    call, reason = tool_call.parse(answer.text)
+    if call is None or unended:
+        return "malformed", reason or unended
+    if call.name != expected.name:
+        return "malformed", f"calls {chat_rows.printable(call.name)}, not {expected.name}"
+    if json.dumps(call.arguments, sort_keys=True) != json.dumps(expected.arguments, sort_keys=True):
+        return "malformed", "other arguments than expected"
+    return "right", None
+
+
+def wilson(part, whole):
+    """Returns the 95 % Wilson score interval (low, high) of a proportion (Wilson 1927); whole ≥ 1."""
+    share = part / whole
+    centre = share + Z**2 / (2 * whole)
+    half = Z * (share * (1 - share) / whole + Z**2 / (4 * whole**2)) ** 0.5
+    return max(0.0, (centre - half) / (1 + Z**2 / whole)), min(1.0, (centre + half) / (1 + Z**2 / whole))
+
+
+def figures(kinds, needed):
+    """Returns the counts and rates of judged rows; kinds and needed (a call) are lists of equal length.
+
+    A call made is a right, a malformed or a false one. A rate is {"part", "whole", "value", "low", "high"}
+    with its 95 % Wilson interval, or has None for the last three where it is 0 of 0.
+    """
+
+    def tally(kind, need):
+        return sum(k == kind and n == need for k, n in zip(kinds, needed, strict=True))
+
+    def rate(part, whole, curve=lambda share: share):
+        value, low, high = (part / whole, *wilson(part, whole)) if whole else (None,) * 3
+        shares = {"value": value, "low": low, "high": high}
+        return {"part": part, "whole": whole, **{k: v if v is None else curve(v) for k, v in shares.items()}}
+
+    counts = {
         "needed": sum(needed),
-        "right": right,
-        "missed": missed,
-        "malformed": faults.count("malformed call"),
+        "right": tally("right", True),
+        "missed": tally("missed", True),
+        "malformed": tally("malformed", True),
         "general": len(needed) - sum(needed),
-        "false": false,
-        "f1": 2 * right / (2 * right + false + missed) if right else 0.0,
+        "false": tally("false", False),
+        "unfit": tally("unfit", False),
+    }
+    made = counts["right"] + counts["malformed"] + counts["false"]
+    rates = {
+        "precision": rate(counts["right"], made),
+        "recall": rate(counts["right"], counts["needed"]),
+        # F1 = 2J / (1 + J) of the Jaccard index J, which is a proportion, so J's interval carries over.
+        "f1": rate(counts["right"], counts["needed"] + made - counts["right"], lambda j: 2 * j / (1 + j)),
+        "false_call_rate": rate(counts["false"], counts["general"]),
+    }
+    return {
+        **counts,
+        **{name: r["value"] for name, r in rates.items()},
+        "intervals": {name: [r["low"], r["high"]] for name, r in rates.items()},
+        "of": {name: [r["part"], r["whole"]] for name, r in rates.items()},
     }
 
 
-def main():
+# -------------------------------------------------------------------------------------------- output
+
+
+def paint(text, colour):
+    """Returns text in an ANSI colour, on a terminal that wants one (https://no-color.org)."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def show(text, first="", indent=""):
+    """Prints a model's or a file's text, wrapped: `first` before it, `indent` before its other lines."""
+    width = max(40, min(80, shutil.get_terminal_size().columns))
+    text = chat_rows.printable(text, 200) or "(nothing)"
+    print(textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent))
+
+
+def show_probe(number, probe):
+    verdict = paint("pass", 32) if probe["pass"] else paint("FAIL", 31) + f": {probe['reason']}"
+    seen = " (seen in training: proves nothing)" if probe["seen"] else ""
+    print(f"\nprobe {number}    {verdict}{seen}")
+    lines = {"prompt": probe["prompt"], "expected": probe["expected"]}
+    for name, text in {**lines, "base": probe["base"], "tuned": probe["tuned"]}.items():
+        show(text, f"  {name:<10}", " " * 12)
+    if probe["deviations"]:
+        print(f"  {'form':<10}{', '.join(probe['deviations'])}")
+
+
+def show_table(title, base, tuned):
+    def rate(figures, name):
+        part, whole = figures["of"][name]
+        if figures[name] is None:
+            return f"– ({part} of {whole})"
+        low, high = figures["intervals"][name]
+        counts = "" if name == "f1" else f"{part} of {whole}: "
+        return f"{counts}{figures[name]:.2f} ({low:.2f}–{high:.2f})"
+
+    print(f"\n{title:<26}{'base':>27}{'tuned':>27}")
+    labels = {
+        "needed": "calls needed",
+        "right": "  made right",
+        "missed": "  missed",
+        "malformed": "  malformed",
+    }
+    labels |= {"general": "text needed", "false": "  false calls", "unfit": "  empty or unended"}
+    for key, label in labels.items():
+        print(f"{label:<26}{base[key]:>27}{tuned[key]:>27}")
+    for name in ("precision", "recall", "f1", "false_call_rate"):
+        label = {"f1": "F1"}.get(name, name.replace("_", "-"))
+        print(f"{label:<26}{rate(base, name):>27}{rate(tuned, name):>27}")
+    print("in brackets: 95 % Wilson interval")
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def expected_call(path, line, messages):
+    """Returns the call that a row's last answer is, None for text; DataError for a call that is none."""
+    if not train_qlora.is_call(messages):
+        return None
+    call, reason = tool_call.parse(chat_rows.text_of(messages[-1]))
+    if call is None:
+        raise chat_rows.DataError(path, [(line, f"the call cannot be read ({reason}); mend it")])
+    return call
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Compare base and tuned model on probes and held-out rows.")
-    parser.add_argument("--adapter", default=ADAPTER, help="folder of the adapter (default: %(default)s)")
+    parser.add_argument(
+        "--adapter", default=train_qlora.OUTPUT_DIR, help="folder of the adapter (default: %(default)s)"
+    )
     parser.add_argument("--data", default=HELD_OUT, help="rows never trained on (default: %(default)s)")
     parser.add_argument("--bits", type=int, choices=[4, 8], help="quantise the base (default: unquantised)")
     parser.add_argument("--json", metavar="FILE", help="write everything there too")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     try:
         sys.exit(run(args))
     except (RunError, download_model.ModelError, chat_rows.DataError) as error:
@@ -130,58 +306,101 @@ def main():
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            "the GPU's memory is full; close what else runs on it, or compare with --bits 4", file=sys.stderr
+        )
+        sys.exit(2)
 
 
 def run(args):
     """Returns the exit code: 0 if tuned passes every probe, else 1."""
     rows = chat_rows.read(args.data)
-    model, tokenizer = load(args.adapter, args.bits)
-    held_out = [row["messages"] for _, row in rows]
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise RunError(f"{args.json} cannot be written: its folder is not there; make it first")
     conversations = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
-    conversations += [messages[:-1] for messages in held_out]
-    needed = [need for _, need in PROBES] + [train_qlora.is_call(messages) for messages in held_out]
+    conversations += [row["messages"][:-1] for _, row in rows]
+    expected = [CALL if need else None for _, need in PROBES]
+    expected += [expected_call(args.data, line, row["messages"]) for line, row in rows]
+    started = time.perf_counter()
+    model, tokenizer, settings = load(args.adapter, args.bits)
+    loaded = time.perf_counter()
+    trained_on = set(settings.get("prompts_sha256", []))
+    seen = [chat_rows.fingerprint(messages) in trained_on for messages in conversations]
+    if not trained_on:
+        print(f"{args.adapter} does not say which rows it was trained on: none can be marked as seen")
+    base_name = chat_rows.printable(model.peft_config["default"].base_model_name_or_path)
+    bits = f"in {args.bits} bits" if args.bits else "unquantised"
     print(
-        f"answering {len(PROBES)} probes and {len(rows)} rows of {args.data}, untuned and tuned", flush=True
+        f"base {base_name} {bits}, tuned with {args.adapter}: {len(PROBES)} probes, {len(rows)} rows",
+        flush=True,
     )
     with model.disable_adapter():
-        base = answer(model, tokenizer, conversations)
-    tuned = answer(model, tokenizer, conversations)
+        base = answer(model, tokenizer, conversations, "base ")
+    tuned = answer(model, tokenizer, conversations, "tuned")
+    seconds = {"loading": round(loaded - started, 1), "answering": round(time.perf_counter() - loaded, 1)}
+    memory = machine.peak_memory(model.device)
 
+    verdicts = {
+        name: [judge(a, e) for a, e in zip(answers, expected, strict=True)]
+        for name, answers in (("base", base), ("tuned", tuned))
+    }
     probes = []
-    for (prompt, need), (base_text, _), (text, ended) in zip(PROBES, base, tuned, strict=False):
-        reason = fault(text, ended, need)
-        probes.append(
-            {
-                "prompt": prompt,
-                "expected": "call" if need else "text",
-                "base": base_text,
-                "tuned": text,
-                "pass": reason is None,
-                "reason": reason,
-            }
-        )
-        expected = "a call" if need else "text"
-        print(f"\n{'FAIL: ' + reason if reason else 'pass'}   {prompt}   (needs {expected})")
-        print(f"    base:   {chat_rows.printable(base_text)}")
-        print(f"    tuned: {chat_rows.printable(text)}")
+    for i, (prompt, need) in enumerate(PROBES):
+        kind, reason = verdicts["tuned"][i]
+        call = tool_call.parse(tuned[i].text)[0]
+        probe = {
+            "prompt": prompt,
+            "expected": "a call" if need else "text",
+            "base": base[i].text,
+            "tuned": tuned[i].text,
+            "pass": kind == "right",
+            "reason": reason,
+            "deviations": list(call.deviations) if call else [],
+            "seen": seen[i],
+        }
+        probes.append(probe)
+        show_probe(i + 1, probe)
 
     n = len(PROBES)
-    figures = {"base": count(base[n:], needed[n:]), "tuned": count(tuned[n:], needed[n:])}
-    print(f"\n{args.data:<16}" + "".join(f"{key:>11}" for key in figures["base"]))
-    for name, row in figures.items():
-        print(
-            f"{name:<16}"
-            + "".join(f"{v:>11.2f}" if isinstance(v, float) else f"{v:>11}" for v in row.values())
-        )
-    for (line, _), (text, ended), need in zip(rows, tuned[n:], needed[n:], strict=True):
-        if reason := fault(text, ended, need):
-            print(f"{args.data}:{line}: {reason}: {chat_rows.printable(text)}")
-    if args.json:
-        report = {"probes": probes, "rows": figures}
-        Path(args.json).write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    judged = [i for i in range(n, len(expected)) if not seen[i]]
+    table = {
+        name: figures([verdicts[name][i][0] for i in judged], [expected[i] is not None for i in judged])
+        for name in verdicts
+    }
+    show_table(chat_rows.printable(str(args.data), 25), table["base"], table["tuned"])
+    failing = []
+    for i in range(n, len(expected)):
+        line, (kind, reason) = rows[i - n][0], verdicts["tuned"][i]
+        if seen[i]:
+            print(f"{args.data}:{line}: seen in training, left out of the figures")
+        elif kind != "right":
+            failing.append({"line": line, "kind": kind, "reason": reason, "tuned": tuned[i].text})
+            show(f"{reason}: {tuned[i].text}", f"{args.data}:{line}: ", "    ")
+
     passed = sum(probe["pass"] for probe in probes)
-    print(f"\nthe tuned model passes {passed} of {len(PROBES)} probes")
-    return 0 if passed == len(PROBES) else 1
+    report = {
+        "base_model": model.peft_config["default"].base_model_name_or_path,
+        "bits": args.bits,
+        "data": args.data,
+        "probes": probes,
+        "rows": {**table, "seen_in_training": sum(seen[n:]), "failing": failing},
+        "passed": passed,
+        "device": machine.device_name(model.device),
+        "seconds": seconds,
+        "peak_memory_gib": memory,
+    }
+    for path in filter(None, [Path(args.adapter, adapter_folder.COMPARISON), args.json]):
+        adapter_folder.write_json(path, report)
+    print(f"\nmemory     {machine.told(memory)}")
+    print(f"time       {seconds['loading']} s imports and loading, {seconds['answering']} s answering")
+    print(f"verdict    tuned passes {passed} of {n} probes")
+    if passed == n:
+        adapter = "" if args.adapter == train_qlora.OUTPUT_DIR else f" --adapter {args.adapter}"
+        print(f"next       python merge.py{adapter}")
+    return 0 if passed == n else 1
 
 
 if __name__ == "__main__":

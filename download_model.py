@@ -115,6 +115,21 @@ def missing_files(folder):
     return missing + [shard for shard in shards if not (folder / shard).is_file()]
 
 
+def weight_files(folder):
+    """The paths of a complete model's safetensors files: one, or the shards that its index names."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / shard for shard in sorted(set(shards))]
+
+
+def weight_bytes(folder):
+    """How many bytes a complete model's weights take, on disk and in memory as they are."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
 def revision(folder):
     """Which version of its model a folder holds: the hub's commit or the GGUF's sha256; None if unknown."""
     folder = Path(folder)

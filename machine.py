@@ -78,6 +78,11 @@ def peak_memory(device):
     return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
+def told(memory):
+    """Returns what peak_memory found as text."""
+    return ", ".join(f"{kind} {gib:.2f} GiB at most" for kind, gib in memory.items())
+
+
 def versions():
     from importlib.metadata import version
 

@@ -70,6 +70,11 @@ def is_call(messages):
     return chat_rows.text_of(messages[-1]).startswith(CALL_START)
 
 
+def fingerprints(messages):
+    """Returns the sha256 of what each assistant turn of a row answers, so that compare.py knows it again."""
+    return [chat_rows.fingerprint(messages[:i]) for i, m in enumerate(messages) if m["role"] == "assistant"]
+
+
 def split_rows(rows):
     """Returns (training, validation): lists of row numbers, in order.
 
@@ -226,6 +231,9 @@ def load_model(folder, bits, device, dtype):
             f"{folder} lacks weights ({names[0]} and {len(names) - 1} more); "
             "fetch it anew: python download_model.py"
         )
+    if report["unexpected_keys"]:
+        name = sorted(map(str, report["unexpected_keys"]))[0]
+        raise RunError(f"{folder} holds weights that its model has no place for ({name}); fetch it anew")
     model.config.get_text_config().use_cache = False
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and torch.device(device).type == "cpu":
@@ -566,6 +574,9 @@ def run(args):
         "bits": args.bits,
         "data": args.data,
         "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
+        "prompts_sha256": sorted(
+            {fingerprint for row in rows for fingerprint in fingerprints(row["messages"])}
+        ),
         "rows": {"all": len(rows), "training": len(training), "validation": len(validation)},
         "tokens": tokens,
         "trained_tokens": trained,
@@ -582,7 +593,7 @@ def run(args):
     }
     model.peft_config["default"].base_model_name_or_path = args.model
     earlier = adapter_folder.write(args.output, model, tokenizer, record)
-    say("memory     " + ", ".join(f"{kind} {gib:.2f} GiB at most" for kind, gib in memory.items()))
+    say(f"memory     {machine.told(memory)}")
     say(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
     if earlier:
         say(f"earlier    the adapter that was in {args.output} is now in {earlier}")

@@ -35,20 +35,20 @@ def tiny_tokenizer():
     return tokenizer
 
 
-def tiny_config(multimodal):
+def tiny_config(multimodal, hidden_size=64, layers=2):
     from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 
     text = Gemma3TextConfig(
         vocab_size=512,
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=16,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention", "full_attention", "full_attention"][:layers],
         max_position_embeddings=4096,
     )
     if multimodal:
@@ -65,17 +65,36 @@ def tiny_config(multimodal):
     return text
 
 
-def write_tiny_model(folder, multimodal=False):
+def write_tiny_model(folder, multimodal=False, **sizes):
     """Writes a whole model folder of about 100,000 random weights; returns its path as a string."""
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, GenerationConfig
 
     torch.manual_seed(0)
-    model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM)(tiny_config(multimodal))
+    model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM)(
+        tiny_config(multimodal, **sizes)
+    )
     model.generation_config = GenerationConfig(eos_token_id=[1, 106], pad_token_id=0, bos_token_id=2)
     model.to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def write_tiny_adapter(folder, base):
+    """Writes an adapter for the model in the folder `base`, with weights as large as trained ones."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import train_qlora
+
+    torch.manual_seed(1)
+    model = train_qlora.add_lora(AutoModelForCausalLM.from_pretrained(base))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

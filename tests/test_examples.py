@@ -10,11 +10,6 @@ import chat_rows
 CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
 
 
-def normalised(text):
-    text = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).lower().replace("ё", "е"))
-    return " ".join(text.split())
-
-
 def prompts(path):
     return [row["messages"][0]["content"] for _, row in chat_rows.read(path)]
 
@@ -31,7 +26,7 @@ def test_half_calls_and_half_general(path, each):
 
 def test_no_prompt_stands_twice_in_or_across_the_sets():
     everything = [*prompts("examples.json"), *prompts("heldout.json")]
-    assert len({normalised(prompt) for prompt in everything}) == len(everything) == 110
+    assert len({chat_rows.normalised(prompt) for prompt in everything}) == len(everything) == 110
 
 
 @pytest.mark.parametrize("path", ["examples.json", "heldout.json"])
