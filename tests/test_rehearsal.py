@@ -1,7 +1,8 @@
-"""The whole way on the real weights of Gemma 3 270M, as a user types it: train, then compare."""
+"""The whole way on the real weights of Gemma 3 270M, as a user types it: train, compare, merge, serve."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import chat_rows
+import compare
+import tool_call
 import train_qlora
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,17 +83,98 @@ def test_it_takes_six_gigabytes_at_most_and_the_loss_falls(rehearsed):
     assert "next       python compare.py --bits 4\n" in output
 
 
-def test_the_tuned_model_passes_the_probes_and_the_base_does_not(rehearsed):
+def compared(folder, *arguments):
+    result = python(ROOT / "compare.py", *arguments, folder=folder)
+    return result.returncode, json.loads((folder / "qlora_output/compare.json").read_text(encoding="utf-8"))
+
+
+def test_the_tuned_model_is_good_on_the_base_it_was_trained_on(rehearsed):
     folder, _, _ = rehearsed
-    result = python(ROOT / "compare.py", "--bits", 4, "--json", "report.json", folder=folder)
-    report = json.loads((folder / "report.json").read_text())
+    code, report = compared(folder, "--bits", 4)
+    assert code == 0
     assert [probe["pass"] for probe in report["probes"]] == [True] * 6
-    assert result.returncode == 0
+    tuned = report["rows"]["tuned"]
+    assert (tuned["needed"], tuned["general"], report["rows"]["seen_in_training"]) == (20, 20, 0)
+    assert tuned["f1"] >= 0.95
+    assert tuned["false"] <= 1
+
+
+@pytest.fixture(scope="module")
+def report(rehearsed):
+    """What `compare.py` says as a user types it first: on the unquantised base."""
+    code, report = compared(rehearsed[0])
+    assert code == 0
+    return report
+
+
+def test_tuned_passes_the_probes_and_the_base_fails_those_that_need_a_call(report):
+    assert [probe["pass"] for probe in report["probes"]] == [True] * 6
     assert not any("tool_call" in probe["base"] for probe in report["probes"])
     base, tuned = report["rows"]["base"], report["rows"]["tuned"]
-    assert (tuned["needed"], tuned["general"]) == (20, 20)
-    assert base["right"] == 0
-    # The aim is an F1 of 0.95 with one false call at most. Measured so far: 0.91 with four on a CPU, 0.93 to
-    # 0.95 with two or three on a GPU with three seeds.
-    assert tuned["right"] >= 18
-    assert tuned["f1"] >= 0.85
+    assert (base["needed"], base["right"], base["false"]) == (20, 0, 0)
+    assert tuned["f1"] >= 0.9
+
+
+def test_one_probe_at_a_time_is_answered_as_in_the_batch(rehearsed, report, monkeypatch):
+    folder, _, _ = rehearsed
+    monkeypatch.chdir(folder)
+    model, tokenizer, _ = compare.load("qlora_output", None)
+    for probe in report["probes"]:
+        single = compare.answer(model, tokenizer, [[{"role": "user", "content": probe["prompt"]}]])[0]
+        assert single.text == probe["tuned"]
+
+
+@pytest.fixture(scope="module")
+def merged(rehearsed, report):
+    folder, _, _ = rehearsed
+    result = python(ROOT / "merge.py", folder=folder)
+    assert result.returncode == 0
+    assert "126 modules changed" in result.stdout
+    assert "6 of 6 probes answered with the same tokens" in result.stdout
+    return folder / "gemma-3-270m-merged"
+
+
+def test_the_merged_folder_loads_bare_without_a_warning_and_answers(merged):
+    script = f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{merged}")
+model = AutoModelForCausalLM.from_pretrained("{merged}", dtype="float32")
+for prompt in {[prompt for prompt, _ in compare.PROBES]}:
+    ids = tokenizer.apply_chat_template(
+        [{{"role": "user", "content": prompt}}], add_generation_prompt=True, return_tensors="pt"
+    )
+    answer = model.generate(**ids, do_sample=False, max_new_tokens=80)[0, ids["input_ids"].shape[1] :]
+    print(repr(tokenizer.decode(answer, skip_special_tokens=True)))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
+    for line, (_, needs_call) in zip(result.stdout.splitlines(), compare.PROBES, strict=True):
+        assert tool_call.trace(line) == needs_call
+    card = (merged / "README.md").read_text(encoding="utf-8")
+    assert "probes passed, base unquantised: 6 of 6" in card
+    assert "Gemma Terms of Use" in (merged / "NOTICE").read_text()
+    assert (merged / "GEMMA_TERMS.html").is_file()
+
+
+def test_served_as_the_readme_says_a_chat_request_for_a_balance_gets_the_call(merged):
+    import openai
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["transformers", "serve", merged, "--dtype", "float32", "--port", port]
+    server = subprocess.Popen(
+        list(map(str, [Path(sys.executable).with_name(command[0]), *command[1:]])),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=60)
+        answer = client.chat.completions.create(
+            model=str(merged), messages=[{"role": "user", "content": "Какой у меня остаток на счёте?"}]
+        )
+        assert answer.choices[0].message.content == tool_call.write("get_sensitive_data", {})
+    finally:
+        server.terminate()
+        server.wait()
