@@ -48,15 +48,21 @@ def check(output):
     output = Path(output)
     if output.exists() and not (output / "adapter_config.json").is_file() and not is_empty_folder(output):
         raise RunError(f"{output} is there and holds no adapter; name another folder with --output")
-    parent = output.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RunError(f"{parent} cannot be written to; name another folder with --output")
+    parent = check_parent(output)
     free = shutil.disk_usage(parent).free
     if free < DISK_NEEDED:
         raise RunError(
             f"{parent} has {free / 1e9:.2f} GB of free disk, the adapter may need {DISK_NEEDED / 1e9:.1f}; "
             "free some, or name a folder on another disk with --output"
         )
+
+
+def check_parent(output):
+    """Returns the folder that `output` is to stand in; raises RunError if it cannot be written to."""
+    parent = Path(output).absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RunError(f"{parent} cannot be written to; name another folder with --output")
+    return parent
 
 
 def is_empty_folder(path):
@@ -124,7 +130,7 @@ def read_settings(folder):
         raise RunError(f"{folder} is not there; train an adapter first: python train_qlora.py")
     if not (folder / "adapter_config.json").is_file():
         raise RunError(f"{folder} holds no adapter (adapter_config.json is missing); {AGAIN}")
-    config = _read_object(folder / "adapter_config.json")
+    config = read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         method = printable(str(config.get("peft_type")))
         raise RunError(f"{folder} was made by the method {method}, not by LoRA; {AGAIN}")
@@ -140,17 +146,20 @@ def read_settings(folder):
             pass
     except (SafetensorError, OSError) as error:
         raise RunError(f"{folder}/{WEIGHTS} is damaged ({printable(str(error))}); {AGAIN}") from error
-    return config, _read_object(folder / "run.json") if (folder / "run.json").is_file() else {}
+    return config, read_json(folder / "run.json")
 
 
-def _read_object(path):
+def read_json(path, cure=AGAIN):
+    """Returns the object that a JSON file holds, {} if there is no file; raises RunError if it is damaged."""
+    if not path.is_file():
+        return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         reason = printable(str(error))
-        raise RunError(f"{path} is damaged ({reason}); {AGAIN}") from error
+        raise RunError(f"{path} is damaged ({reason}); {cure}") from error
     return value
 
 
@@ -169,9 +178,7 @@ def check_weights(folder, base, revision):
     _, run = read_settings(folder)
     if revision and run.get("revision") and run["revision"] != revision:
         versions = f"{printable(str(run['revision']), 12)}, {base} holds {printable(revision, 12)}"
-        raise RunError(
-            f"{folder} was trained on another base (revision {versions}); fetch that one, or {AGAIN}"
-        )
+        raise RunError(f"{other} (revision {versions}); fetch that one, or {AGAIN}")
     try:
         config = PeftConfig.from_pretrained(folder)
         config.base_model_name_or_path = str(base)  # a hub's name, and PEFT would warn of the cache's path

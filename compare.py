@@ -83,14 +83,12 @@ def load(adapter, bits):
 
 def batches(prompts):
     """Cuts the numbers of tokenised prompts into batches of at most TOKENS_PER_BATCH, longest first."""
-    result = []
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        longest = len(prompts[result[-1][0]]) + MAX_NEW_TOKENS if result else 0
-        if result and (len(result[-1]) + 1) * longest <= TOKENS_PER_BATCH:
-            result[-1].append(i)
-        else:
-            result.append([i])
-    return result
+
+    def length(i):
+        return len(prompts[i]) + MAX_NEW_TOKENS
+
+    ordered = sorted(range(len(prompts)), key=length, reverse=True)
+    return train_qlora.pack(ordered, length, TOKENS_PER_BATCH)
 
 
 def answer(model, tokenizer, conversations, title="answering"):

@@ -4,8 +4,6 @@ python merge.py    qlora_output and its base → a folder to serve, gemma-3-4b-i
 """
 
 import argparse
-import json
-import os
 import shutil
 import sys
 import time
@@ -49,9 +47,7 @@ def check_output(output, base, adapter, overwrite):
             raise RunError(f"{output} is there; add --overwrite, or name another folder with --output")
         if not output.is_dir() or download_model.missing_files(output):
             raise RunError(f"{output} is there and is no model; name another folder with --output")
-    parent = output.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RunError(f"{parent} cannot be written to; name another folder with --output")
+    adapter_folder.check_parent(output)
 
 
 def choose_device(weights, parent):
@@ -109,7 +105,6 @@ def compare_answers(tokenizer, before, after, before_top, after_top):
             continue
         length = min(len(one.ids), len(other.ids))
         place = next((i for i in range(length) if one.ids[i] != other.ids[i]), length)
-
         tops = {"base + adapter": before_top[number][place], "merged": after_top[number][place]}
         print(f"           probe {number + 1} differs at token {place + 1}, by these logits:")
         for name, top in tops.items():
@@ -301,8 +296,8 @@ def run(args):
         model.save_pretrained(aside, max_shard_size=SHARD_SIZE)
         del model
         copy_files(folder, aside)
-        comparison = Path(args.adapter, adapter_folder.COMPARISON)
-        comparison = json.loads(comparison.read_text(encoding="utf-8")) if comparison.is_file() else {}
+        path = Path(args.adapter, adapter_folder.COMPARISON)
+        comparison = adapter_folder.read_json(path, "run compare.py again, or remove it")
         card = model_card(base, revision, record, comparison)
         (aside / "README.md").write_text(card, encoding="utf-8")
 

@@ -161,19 +161,31 @@ def tokenise_rows(data_path, rows, tokenizer):
     return dataset
 
 
+def pack(items, length, tokens):
+    """Cuts items, longest first, into lists of at most `tokens` (items × longest); length(item) is in tokens.
+
+    An item longer than that is a list of its own.
+    """
+    batches = []
+    for item in items:
+        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= tokens:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
+
+
 def micro_batches(examples, processes=1, process=0):
     """Cuts a step's examples into this process's micro-batches of at most TOKENS_PER_MICRO_BATCH tokens.
 
     Sorted by length, so that little is padded; dealt out in turn, so that processes get equal work.
     """
-    batches = []
-    for example in sorted(examples, key=lambda e: -len(e["input_ids"]))[process::processes]:
-        longest = len(batches[-1][0]["input_ids"]) if batches else 0
-        if batches and (len(batches[-1]) + 1) * longest <= TOKENS_PER_MICRO_BATCH:
-            batches[-1].append(example)
-        else:
-            batches.append([example])
-    return batches
+
+    def length(example):
+        return len(example["input_ids"])
+
+    ordered = sorted(examples, key=length, reverse=True)[process::processes]
+    return pack(ordered, length, TOKENS_PER_MICRO_BATCH)
 
 
 def pad(examples, pad_id, device):
