@@ -1,10 +1,14 @@
 """A tiny Gemma 3, of random weights, in both its classes: the hermetic tests train it in seconds."""
 
+import signal
 import string
 
 import pytest
 
 import download_model
+
+# A shell that starts pytest in the background has it ignore SIGINT, and its children would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SPECIAL = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 105: "<start_of_turn>", 106: "<end_of_turn>"}
 CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяё"

@@ -60,12 +60,12 @@ def environment(tmp_path, endpoint, token=None, **more):
     return env | ({"HF_TOKEN": token} if token else {})
 
 
-def run(tmp_path, endpoint, *arguments, token=None, **more):
+def run(tmp_path, endpoint, *arguments, token=None, script=(SCRIPT,), **more):
     """(exit code, stdout, stderr) of the script in tmp_path; whatever happens, the token is not shown."""
     result = subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
+        [sys.executable, *script, *arguments],
         cwd=tmp_path,
-        env=environment(tmp_path, endpoint, token, **more),
+        env=environment(tmp_path, endpoint, token, **{"PYTHONPATH": str(SCRIPT.parent), **more}),
         capture_output=True,
         text=True,
         timeout=120,
@@ -177,8 +177,11 @@ def test_hub_unreachable(tmp_path):
 def test_hub_that_never_answers(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
-        result = run(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert time.monotonic() - start < 20
+        # The script with another constant: ten seconds of silence teach no more than one.
+        code = "import sys, download_model; download_model.CHECK_TIMEOUT = 1; sys.exit(download_model.main())"
+        result = run(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", script=["-c", code])
+    assert time.monotonic() - start < 10
+    assert download_model.CHECK_TIMEOUT <= 10
     assert_refused(result, tmp_path, None, "hub unreachable")
 
 
