@@ -294,7 +294,7 @@ def test_logits_in_chunks_and_checkpointing_give_the_same_gradient(tiny_model, e
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    train_qlora.checkpoint_layers(model)
     train_qlora.add_gradients(model, examples[:6], 0, CPU)
     assert torch.allclose(gradient(model), want, rtol=1e-4, atol=1e-7)
 
@@ -649,6 +649,22 @@ def test_a_second_run_keeps_the_first_ones_adapter_and_repeats_its_losses(finish
     assert (folder / "out/adapter_model.safetensors").read_bytes() == first
     assert json.loads((folder / "out/run.json").read_text())["losses"] == losses
     shutil.rmtree(folder / "out.1")
+
+
+def test_in_bf16_every_step_uses_the_weights_of_the_one_before(finished_run, tiny_text_model, monkeypatch):
+    """Autocast around more than a step would go on with the first step's weights, and the loss would stay."""
+    folder, _ = finished_run
+    monkeypatch.setattr(train_qlora, "REHEARSAL_DTYPE", "bfloat16")
+    code, _, _ = typed(
+        *["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"],
+        *["--epochs", 2, "--bits", 8, "--learning-rate", 3e-3, "--output", "bf16"],
+        folder=folder,
+    )
+    assert code == 0
+    fp32, bf16 = (json.loads((folder / n / "run.json").read_text())["losses"] for n in ("out", "bf16"))
+    assert bf16 == pytest.approx(fp32, rel=0.01)
+    assert fp32[-1] < 0.95 * fp32[0]
+    shutil.rmtree(folder / "bf16")
 
 
 def test_two_processes_give_the_losses_of_one(tiny_text_model, tmp_path):
