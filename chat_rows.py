@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 ROLES = ("system", "user", "assistant")
@@ -79,7 +80,10 @@ def _values(path):
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(path, [(line, "is not UTF-8 text; save the file as UTF-8")]) from None
-    if text.lstrip().startswith("["):
+    if "\0" in text:  # UTF-16 without a mark passes for UTF-8, even with Cyrillic in it
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(path, [(line, "holds a NUL character, as UTF-16 does; save the file as UTF-8")])
+    if text.lstrip(" \t\r\n").startswith("["):  # what JSON calls blank
         yield from _array(text)
         return
     for line, source in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
@@ -108,7 +112,7 @@ def _array(text):
             try:
                 value, position = _DECODER.raw_decode(text, position)
             except (ValueError, RecursionError) as error:
-                yield line, None, _json_fault(error)
+                yield line, None, _json_fault(error, "mend it there")
                 return
             yield line, value, None
             position = skip(position)
@@ -121,14 +125,19 @@ def _array(text):
             return
         position = skip(position + 1)
     if position < len(text):
-        yield text.count("\n", 0, position) + 1, None, "text after the array's end; take it out"
+        yield (
+            text.count("\n", 0, position) + 1,
+            None,
+            "text after the array's end; a file is one array, or an object on each line",
+        )
 
 
 def _unique(pairs):
     """A JSON object as a dict; a repeated key is an error, for the first value would be lost in silence."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError("the same key twice in one object")
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f'the same key twice in one object: "{printable(key)}"')
     return value
 
 
@@ -140,11 +149,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 _parse = _DECODER.decode
 
 
-def _json_fault(error):
-    if isinstance(error, RecursionError):
-        return "is not valid JSON (nested too deep); put one whole object on each line"
-    reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return f"is not valid JSON ({printable(reason)}); put one whole object on each line"
+def _json_fault(error, cure="mend it, a line is one whole object"):
+    reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        place = f"line {error.lineno}, column" if error.lineno > 1 else "column"
+        found = ascii(error.doc[error.pos]) if error.pos < len(error.doc) else "the end"
+        reason = f"{error.msg}, {place} {error.colno}, at {found}"
+    return f"is not valid JSON ({printable(reason, 110)}); {cure}"
 
 
 def _faults(row):
@@ -186,6 +197,9 @@ def _faults(row):
 def _message_faults(message):
     if not isinstance(message, dict):
         yield f'is {_kind(message)}; write {{"role": …, "content": …}}'
+        return
+    if not {"role", "content"} & set(message):
+        yield f'is {_kind(message)} without "role" and "content"; write {{"role": …, "content": …}}'
         return
     role = message.get("role")
     if role not in ROLES:
