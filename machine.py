@@ -3,12 +3,40 @@
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 
 MIN_COMPUTE_CAPABILITY = (7, 5)  # Turing: the oldest GPU with the int8 units that 8-bit layers use
 
 
 class RunError(Exception):
     """Something that the user can mend; its text is one line with the cure."""
+
+
+HOST_MEMORY = 6e9  # bytes that training takes beside the GPU's: libraries, and the weights on their way
+REHEARSAL_MEMORY = 5e9  # bytes, measured
+# How far bitsandbytes' products may be from plain ones, relative to these; rounding gives a tenth of it.
+TOLERANCE = {4: 0.02, 8: 0.1}
+
+
+def has_driver():
+    """Whether this machine has an NVIDIA driver."""
+    return os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
+
+
+@contextmanager
+def without_torch():
+    """Has transformers import no torch meanwhile, if nothing has before and no GPU is there to be checked."""
+    if "torch" in sys.modules or has_driver():
+        yield
+        return
+    sys.modules["torch"] = None
+    verbosity = os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that it found none
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        if verbosity == "error":
+            os.environ.pop("TRANSFORMERS_VERBOSITY", None)
 
 
 def gpu_dtype():
@@ -22,7 +50,7 @@ def gpu_dtype():
         available = torch.cuda.is_available()
     if not available:
         cure = "or rehearse on this CPU: python train_qlora.py --rehearse"
-        driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi")
+        driver = has_driver()
         if driver and torch.version.cuda is None:
             raise RunError(
                 f"torch {torch.__version__} is built for CPUs only, but this machine has an NVIDIA driver; "
@@ -42,6 +70,71 @@ def gpu_dtype():
         )
     # Never fp16: Gemma 3 overflows in it. A T4 has no bf16 and computes in fp32.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+
+def check_product(bits, device, dtype):
+    """Multiplies by a matrix quantised to 4 or 8 bits, once plainly and once through bitsandbytes.
+
+    Raises RunError if bitsandbytes cannot, or its product is another: training would learn nonsense.
+    """
+    import torch
+
+    cure = "reinstall it: pip install --force-reinstall bitsandbytes==" + versions()["bitsandbytes"]
+    try:
+        import bitsandbytes
+        from bitsandbytes import functional
+
+        chance = torch.Generator().manual_seed(0)
+        weights, values = (torch.randn(256, 256, generator=chance).to(device, dtype) for _ in range(2))
+        if bits == 4:
+            quantised, state = functional.quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
+            weights = functional.dequantize_4bit(quantised, state)
+            product = bitsandbytes.matmul_4bit(values, quantised.t(), quant_state=state)
+        else:
+            layer = bitsandbytes.nn.Linear8bitLt(256, 256, bias=False, has_fp16_weights=False, threshold=6.0)
+            layer.weight = bitsandbytes.nn.Int8Params(weights.cpu(), requires_grad=False)
+            product = layer.to(device)(values)
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0][:100]
+        raise RunError(f"bitsandbytes cannot multiply in {bits} bits here ({reason}); {cure}") from error
+    plain = (values @ weights.t()).float()
+    off = ((product.float() - plain).norm() / plain.norm()).item()
+    if not off < TOLERANCE[bits]:
+        raise RunError(f"bitsandbytes multiplies wrongly in {bits} bits here ({off:.0%} off); {cure}")
+
+
+def check_gpu():
+    """Returns [(mark, text), …] of this machine's GPU: ✓, ✗ with the cure, or – for none."""
+    if not has_driver():
+        return [("–", "GPU: none on this machine; checking and rehearsing need none")]
+    try:
+        dtype = gpu_dtype()
+    except RunError as error:
+        return [("✗", f"GPU: {error}")]
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    bf16 = "bf16" if dtype == torch.bfloat16 else "no bf16: it computes in fp32"
+    name = f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    lines = [("✓", f"GPU: {name}, compute capability {capability}, {bf16}, CUDA {torch.version.cuda}")]
+    for bits in (4, 8):
+        try:
+            check_product(bits, "cuda:0", dtype)
+            lines.append(("✓", f"{bits} bits: bitsandbytes multiplies as plain torch does"))
+        except RunError as error:
+            lines.append(("✗", f"{bits} bits: {error}"))
+    return lines
+
+
+def check_memory():
+    """Returns [(mark, text)] of this machine's memory."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    needed, work = (HOST_MEMORY, "training") if has_driver() else (REHEARSAL_MEMORY, "the rehearsal")
+    text = f"memory: {free / 1e9:.0f} GB free, {work} takes {needed / 1e9:.0f}"
+    return [("✓", text) if free >= needed else ("✗", text + "; close other programs")]
 
 
 def quiet_libraries():

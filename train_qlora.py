@@ -67,7 +67,7 @@ def load_data(data_path):
 
 
 def is_call(messages):
-    return chat_rows.text_of(messages[-1]).startswith(CALL_START)
+    return chat_rows.text_of(messages[-1]).lstrip().startswith(CALL_START)  # the template trims
 
 
 def fingerprints(messages):
@@ -110,23 +110,26 @@ def preprocess_function(examples, tokenizer):
     assistant begins to speak is where the template's own generation prompt ends.
     """
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-
-    def tokenise(messages, **kwargs):
-        # add_special_tokens=False: the template has written <bos> already.
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    texts, places = [], []  # of a row: all its text, and as far as where each answer begins
     for messages in examples["messages"]:
         messages = [{"role": m["role"], "content": chat_rows.text_of(m)} for m in messages]
-        ids = tokenise(messages)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        places.append(range(len(texts) + 1, len(texts) + 1 + len(answers)))
+        texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+        for i in answers:
+            prompt = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            texts.append(prompt)
+    # add_special_tokens=False: the template has written <bos> already.
+    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for place in places:
+        ids = tokens[place.start - 1]
         labels = [-100] * len(ids)
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt = tokenise(messages[:i], add_generation_prompt=True)
-                assert ids[: len(prompt)] == prompt, "the generation prompt is no prefix of the row's tokens"
-                end = ids.index(end_of_turn, len(prompt)) + 1
-                labels[len(prompt) : end] = ids[len(prompt) : end]
+        for prompt in (tokens[i] for i in place):
+            assert ids[: len(prompt)] == prompt, "the generation prompt is no prefix of the row's tokens"
+            end = ids.index(end_of_turn, len(prompt)) + 1
+            labels[len(prompt) : end] = ids[len(prompt) : end]
         assert ids.count(tokenizer.bos_token_id) == 1, "a row has exactly one <bos>"
         batch["input_ids"].append(ids)
         batch["attention_mask"].append([1] * len(ids))
@@ -149,16 +152,19 @@ def tokenise_rows(data_path, rows, tokenizer):
     )
     lengths = [len(ids) for ids in dataset["input_ids"]]
     if max(lengths) > MAX_TOKENS:
-        lines = [line for line, _ in chat_rows.read(data_path)]
         raise chat_rows.DataError(
-            data_path,
-            [
-                (line, f"the row has {length} tokens, more than {MAX_TOKENS}; shorten it or split it in two")
-                for line, length in zip(lines, lengths, strict=True)
-                if length > MAX_TOKENS
-            ],
+            data_path, too_long([line for line, _ in chat_rows.read(data_path)], lengths)
         )
     return dataset
+
+
+def too_long(lines, lengths):
+    """Returns [(line, error), …] of the rows that have more than MAX_TOKENS tokens."""
+    return [
+        (line, f"the row has {length} tokens, more than {MAX_TOKENS}; shorten it or split it in two")
+        for line, length in zip(lines, lengths, strict=True)
+        if length > MAX_TOKENS
+    ]
 
 
 def pack(items, length, tokens):
@@ -173,6 +179,17 @@ def pack(items, length, tokens):
         else:
             batches.append([item])
     return batches
+
+
+def steps_of(epoch, training):
+    """Returns the row numbers of each step of an epoch (1, 2, …): shuffled, ROWS_PER_STEP at a time."""
+    order = list(training)
+    random.Random(f"{SEED} epoch {epoch}").shuffle(order)
+    return [order[start : start + ROWS_PER_STEP] for start in range(0, len(order), ROWS_PER_STEP)]
+
+
+def warmup_steps(steps):
+    return min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
 
 
 def micro_batches(examples, processes=1, process=0):
@@ -410,7 +427,7 @@ def train(model, examples, training, validation, calls, tokenizer, args, state):
             weights, lr=args.learning_rate, weight_decay=0.0
         )
     steps = math.ceil(len(training) / ROWS_PER_STEP) * args.epochs
-    warmup = min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
+    warmup = warmup_steps(steps)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     history = {"steps": steps, "warmup_steps": warmup, "losses": [], "evaluations": [], "kept_step": steps}
     best = None
@@ -420,15 +437,11 @@ def train(model, examples, training, validation, calls, tokenizer, args, state):
     )
     with bar:
         for epoch in range(1, args.epochs + 1):
-            order = list(training)
-            random.Random(f"{SEED} epoch {epoch}").shuffle(order)
-            for start in range(0, len(order), ROWS_PER_STEP):
+            for numbers in steps_of(epoch, training):
                 step = len(history["losses"]) + 1
                 # A step's dropout depends on nothing that came before it, an evaluation least of all.
                 torch.manual_seed(SEED + step * state.num_processes + state.process_index)
-                loss = add_gradients(
-                    model, [examples[i] for i in order[start : start + ROWS_PER_STEP]], pad_id, state
-                )
+                loss = add_gradients(model, [examples[i] for i in numbers], pad_id, state)
                 norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
                 if not math.isfinite(loss) or not torch.isfinite(norm):
                     raise RunError(
@@ -477,8 +490,7 @@ def parse_arguments():
         parse.__name__ = f"positive {kind.__name__}"
         return parse
 
-    local = f"./{download_model.BASE_FOLDER}"
-    base = local if Path(local).exists() else download_model.BASE_MODEL
+    base = default_model()
     parser = argparse.ArgumentParser(description="Tune Gemma 3 with QLoRA on chat rows.")
     parser.add_argument("--model", help=f"folder or hub name of the base model (default: {base})")
     parser.add_argument("--data", default=DATA_PATH, help="chat rows (default: %(default)s)")
@@ -503,12 +515,22 @@ def parse_arguments():
     return args
 
 
+def default_model():
+    local = f"./{download_model.BASE_FOLDER}"
+    return local if Path(local).exists() else download_model.BASE_MODEL
+
+
+def is_local(model):
+    """Whether a model is named by its folder, and not by its name on the hub."""
+    return Path(model).exists() or model.startswith((".", "/", "~"))
+
+
 def find_model(model, rehearse):
     """Returns (folder, revision) of a base model: as it lies there, made on the spot, or fetched."""
     small = rehearse and Path(model) == Path(download_model.SMALL_FOLDER)
     if small and not Path(model).exists():
         download_model.build_small(model)
-    if not Path(model).exists() and not model.startswith((".", "/", "~")):
+    if not is_local(model):
         folder = download_model.fetch(model)
         return folder, download_model.revision(folder)
     missing = download_model.missing_files(model)
@@ -519,14 +541,18 @@ def find_model(model, rehearse):
     return model, download_model.revision(model)
 
 
-def check_tokenizer(tokenizer, model):
-    """Raises RunError unless the tokenizer is Gemma 3's, with a chat template."""
+def load_tokenizer(model, **kwargs):
+    """The tokenizer of a folder or hub name; raises RunError unless it is Gemma 3's, with a template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, **kwargs)
     if tokenizer.chat_template is None:
         raise RunError(
             f"{model} has no chat template; take an instruction-tuned model: {download_model.BASE_MODEL}"
         )
     if END_OF_TURN not in tokenizer.get_vocab():
         raise RunError(f"{model} is no Gemma 3: its tokenizer has no {END_OF_TURN}; name one with --model")
+    return tokenizer
 
 
 def main():
@@ -557,11 +583,11 @@ def run(args):
 
     import torch
     from accelerate import PartialState
-    from transformers import AutoTokenizer
 
     machine.quiet_libraries()
     dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else machine.gpu_dtype()
     state = PartialState(cpu=args.rehearse)
+    machine.check_product(args.bits, state.device, dtype)
     say = partial(print, flush=True) if state.is_main_process else lambda *_: None
     say(f"rows       {len(rows)} of {args.data}: {sum(calls)} with a call, {len(rows) - sum(calls)} without")
     if not validation:
@@ -569,8 +595,7 @@ def run(args):
 
     with state.main_process_first():
         folder, revision = find_model(args.model, args.rehearse)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    check_tokenizer(tokenizer, args.model)
+    tokenizer = load_tokenizer(folder)
     examples = tokenise_rows(args.data, rows, tokenizer)
     lengths = [len(ids) for ids in examples["input_ids"]]
     tokens, trained = sum(lengths), trained_tokens(examples)

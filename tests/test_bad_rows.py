@@ -10,6 +10,7 @@ import pytest
 from test_chat_rows import GOOD
 
 import chat_rows
+import check
 from train_qlora import load_data
 
 FOLDER = Path(__file__).with_name("bad_rows")
@@ -109,11 +110,22 @@ def test_a_bad_file_gives_exactly_its_messages(path):
         assert told == MESSAGES[path.name]
 
 
-def test_ten_thousand_mutated_files_give_legal_rows_or_printable_errors(tmp_path):
+def test_ten_thousand_mutated_files_give_legal_rows_or_printable_errors(
+    tmp_path, tokenizer, monkeypatch, capsys
+):
+    """Accepted ones go through the whole of check.py, which must not stumble over what is legal."""
+    monkeypatch.setattr(check, "find_tokenizer", lambda model, online: (tokenizer, "here"))
+    monkeypatch.setattr(check, "access", lambda model, offline: [])
+    monkeypatch.chdir(tmp_path)
     accepted = 0
     for number, data in enumerate(mutations(seed=0, count=10_000)):
         try:
-            accepted += is_accepted(tmp_path / "rows.json", data)
+            if is_accepted(tmp_path / "rows.json", data):
+                accepted += 1
+                arguments = ["--data", "rows.json", "--rows", "all", "--html", "page.html"]
+                assert check.run(check.parse_arguments(arguments)) == 0
+                shown = capsys.readouterr().out
+                assert all(line.isprintable() for line in shown.split("\n")), shown
         except Exception as error:
             pytest.fail(f"mutation {number}: {error!r}\n{data[:500]!r}")
     assert 1000 < accepted < 9000, "the fuzz proves something only if both ways are walked"

@@ -1,0 +1,562 @@
+"""Everything that can be known before a GPU is rented: are the rows right, what exactly will be learned, how
+long will it take and what will it cost, and will the model be had?
+
+    python check.py                           rows, labels, plan, cost, access, in seconds, on a laptop
+    python check.py --html labels.html        every row as the model will see it, as one page
+
+Exits with 0 if the rows can be trained on, 1 if not (--strict: if anything is found), 2: wrong arguments.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import unicodedata
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import adapter_folder
+import chat_rows
+import compare
+import download_model
+import machine
+import memory_estimate
+import tool_call
+import train_qlora
+from machine import RunError
+
+GPU_PRICE = 60  # an hour, in whatever currency: roubles for an RTX 4090 at the time of writing
+ROWS_AT_ONCE = 1000  # tokenised together, and only counted after that
+SHOWN_OF_A_KIND = 20  # warnings
+TOKENIZER_FOLDER = "gemma-3-tokenizer"  # made of the small model's package where no model is there
+CARDS = (8, 12, 16, 24, 48)  # GiB
+
+# Near-duplicates: the likeness of two prompts is that of their sets of CHUNK letters (Jaccard), guessed from
+# BANDS × HASHES minima of random hashes (MinHash, Broder 1997) and then worked out.
+ALIKE = 0.8
+CHUNK = 4
+BANDS, HASHES = 12, 4
+MINORITY = 1 / 3  # a smaller share of rows with, or without, a call teaches "always", or "never"
+RARE = 10  # a spelling that another one, nearly the same, outnumbers so many times is a slip
+LATIN, CYRILLIC = "aceopxykABCEHKMOPTXY", "асеорхукАВСЕНКМОРТХУ"  # which look alike
+
+ODD = re.compile(r"[^\w !-~«»—–…]")  # what may be invisible
+TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa-z]*", re.IGNORECASE)  # in a word
+
+# Training's seconds: a micro-batch waits for its kernels to be launched one by one, whatever it holds, and
+# takes 6 operations a weight and token (forward, once more in the backward pass, and the gradient).
+LAUNCHING = {4: 1.1, 8: 1.1}  # seconds a micro-batch, measured on an H100's host: 40 steps of 16 short rows
+EVALUATING = 0.4  # the same for one without a backward pass
+IMPORTS_AND_LOADING = {4: 22, 8: 29}  # seconds, measured there
+BUSY = 0.3  # of the published figure is what a card does of these products
+# Published dense bf16 tera-operations a second; the T4 computes in fp32, having no bf16.
+PUBLISHED = {"H100": 989, "A100": 312, "RTX 4090": 165, "L4": 121, "A10": 125, "RTX 3090": 71, "T4": 8.1}
+MEASURED_ON = "H100"
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def prompt_of(row):
+    """Returns the turns that a row's last answer is asked by, in their plain form."""
+    return "\n".join(chat_rows.normalised(chat_rows.text_of(m)) for m in row["messages"][:-1])
+
+
+def warnings(rows, probes=(), held_out=()):
+    """Returns [(line, kind, text), …], in order, for what is legal in [(line, row), …] and yet wrong.
+
+    probes are prompts, held_out is rows like these; neither may be trained on.
+    """
+    found = [
+        *warn_of_prompts(rows, probes, held_out),
+        *(w for line, row in rows for w in warn_of_text(line, row)),
+        *warn_of_calls(rows),
+        *warn_of_balance(rows),
+    ]
+    return sorted(found, key=lambda warning: warning[0])
+
+
+def warn_of_prompts(rows, probes, held_out):
+    """Yields warnings of prompts that come twice, nearly twice, or that are to judge the tuned model."""
+    first, answers = {}, defaultdict(set)
+    judges = {chat_rows.normalised(prompt): "a probe of compare.py" for prompt in probes}
+    judges |= {prompt_of(row): f"line {line} of the held-out rows" for line, row in held_out}
+    for line, row in rows:
+        prompt, answer = prompt_of(row), chat_rows.text_of(row["messages"][-1])
+        if prompt in judges:
+            yield line, "judge", f"the prompt is {judges[prompt]} too, which then proves nothing"
+        if prompt not in first:
+            first[prompt] = line
+        elif answer in answers[prompt]:
+            yield line, "duplicate", f"the same row as line {first[prompt]}"
+        else:
+            yield line, "contradiction", f"the same prompt as line {first[prompt]} with another answer"
+        answers[prompt].add(answer)
+    lines = list(first.values())
+    for one, other, likeness in near_duplicates(list(first)):
+        text = f"nearly the prompt of line {lines[one]} ({likeness:.0%} alike)"
+        yield lines[other], "near-duplicate", text
+
+
+def near_duplicates(texts):
+    """Yields (i, j, Jaccard index) with i < j for texts that are ALIKE, each j once."""
+    import numpy
+
+    chance = numpy.random.default_rng(train_qlora.SEED)
+    factors = chance.integers(1, 2**63, BANDS * HASHES, dtype=numpy.uint64) * 2 + 1  # odd: multiply-shift
+    buckets, told = {}, set()
+    for start in range(0, len(texts), ROWS_AT_ONCE):
+        chunks = [chunks_of(text) for text in texts[start : start + ROWS_AT_ONCE]]
+        hashes = [zlib.crc32(chunk.encode("utf-8", "surrogatepass")) for set_ in chunks for chunk in set_]
+        hashes = numpy.array(hashes, dtype=numpy.uint64)
+        begins = numpy.cumsum([0, *map(len, chunks[:-1])])
+        minima = [numpy.minimum.reduceat(hashes * factor >> 32, begins) for factor in factors]
+        minima = numpy.array(minima, dtype=numpy.uint32).T.reshape(len(chunks), BANDS, HASHES).copy()
+        for j, (mine, bands) in enumerate(zip(chunks, minima, strict=True), start):
+            for band in range(BANDS):
+                i = buckets.setdefault((band, bands[band].tobytes()), j)
+                if i != j and j not in told:
+                    other = chunks_of(texts[i])
+                    likeness = len(other & mine) / len(other | mine)
+                    if likeness >= ALIKE:
+                        told.add(j)
+                        yield i, j, likeness
+
+
+def chunks_of(text):
+    return {text[k : k + CHUNK] for k in range(max(1, len(text) - CHUNK + 1))}
+
+
+def warn_of_text(line, row):
+    """Yields warnings of letters that no one sees, in any turn of a row."""
+    for number, message in enumerate(row["messages"], 1):
+        text = chat_rows.text_of(message)
+        if text != text.strip():
+            yield line, "blanks", f"message {number} begins or ends with blanks, which are not learned"
+        hidden = {m[0] for m in ODD.finditer(text) if is_invisible(m[0], text[: m.start()])}
+        if hidden:
+            names = ", ".join(unicodedata.name(c, f"U+{ord(c):04X}") for c in sorted(hidden))
+            yield line, "invisible", f"message {number} holds an invisible character: {names}"
+        for word in TWO_SCRIPTS.findall(text):
+            if mixed := look_alikes(word):
+                yield line, "look-alikes", f'message {number}: in "{word}" {mixed}'
+
+
+def is_invisible(character, before):
+    """Whether a character shows nothing, or no more than a space does; emoji may be joined by one."""
+    if unicodedata.category(character) in ("Zs", "Zl", "Zp"):
+        return character != " "
+    if character == "\u200d" and before and unicodedata.category(before[-1]) in ("So", "Sk", "Mn"):
+        return False
+    return unicodedata.category(character) in ("Cf", "Cc", "Co", "Cn") and character not in "\n\t"
+
+
+def look_alikes(word):
+    """Says which letters of a word are of another script and look like its own; None if there are none."""
+    latin = [c for c in word if c.isascii()]
+    cyrillic = [c for c in word if not c.isascii()]
+    few, script = min((latin, "Latin"), (cyrillic, "Cyrillic"), key=lambda pair: len(pair[0]))
+    if few and all(c in (LATIN if script == "Latin" else CYRILLIC) for c in few):
+        return f"{', '.join(dict.fromkeys(few))} {'are' if len(set(few)) > 1 else 'is'} {script}"
+    return None
+
+
+def warn_of_calls(rows):
+    """Yields warnings of calls that are none, have words around them, or are spelt unlike the others."""
+    names, keys = defaultdict(list), defaultdict(list)
+    for line, row in rows:
+        for number, message in enumerate(row["messages"], 1):
+            if message["role"] != "assistant":
+                continue
+            text = chat_rows.text_of(message).strip()
+            if not tool_call.trace(text):
+                continue
+            call, reason = tool_call.parse(text)
+            if call is None:
+                yield line, "call", f"message {number}: the call cannot be read as one ({reason})"
+                continue
+            if call.deviations:
+                yield line, "call", f"message {number}: the call has {', '.join(call.deviations)}"
+            names[call.name].append(line)
+            for key in call.arguments:
+                keys[key].append(line)
+    for what, spellings in (("call's name", names), ("argument", keys)):
+        for rare, lines in spellings.items():
+            for usual, others in spellings.items():
+                alike = difflib.SequenceMatcher(None, rare.casefold(), usual.casefold()).ratio() >= 0.8
+                if len(lines) * RARE <= len(others) and alike:
+                    text = f'the {what} is "{rare}", and "{usual}" in {len(others)} other places'
+                    yield from ((line, "spelling", text) for line in lines)
+
+
+def warn_of_balance(rows):
+    """Yields a warning where fewer than a third of the rows have a call, or have none."""
+    calls = sum(train_qlora.is_call(row["messages"]) for _, row in rows)
+    if min(calls, len(rows) - calls) < MINORITY * len(rows):
+        few, teaches = ("with", "never call") if calls < len(rows) / 2 else ("without", "always call")
+        share = f"{min(calls, len(rows) - calls)} of {len(rows)} rows are {few} a call"
+        yield 1, "balance", f"{share}, fewer than a third; such rows teach to {teaches}: aim at half and half"
+
+
+def show_warnings(path, rows, found):
+    texts = dict(
+        reversed([(line, row["messages"][0 if len(row["messages"]) < 3 else -2]) for line, row in rows])
+    )
+    shown = Counter()
+    for line, kind, text in found:
+        shown[kind] += 1
+        if shown[kind] <= SHOWN_OF_A_KIND:
+            print(f"{path}:{line}: {compare.paint('warning', 33)}: {chat_rows.printable(text, 300)}")
+            if line in texts and kind != "balance":
+                compare.show(chat_rows.text_of(texts[line]), "    ", "    ")
+    for kind, count in shown.items():
+        if count > SHOWN_OF_A_KIND:
+            print(f"… and {count - SHOWN_OF_A_KIND} more of the kind {kind}")
+
+
+# -------------------------------------------------------------------------------------------- labels
+
+
+def find_tokenizer(model, online):
+    """Returns (tokenizer, where it is from): the model's own, or else the small model's, which is the same.
+
+    online: whether the hub may be asked for a model that is not here. Raises RunError if there is none.
+    """
+    with machine.without_torch():  # tokenising needs none, and importing it takes longer than all the rest
+        from transformers import logging
+
+        logging.set_verbosity_error()
+        if is_tokenizer(model):
+            return train_qlora.load_tokenizer(model), model
+        if not train_qlora.is_local(model):
+            try:
+                return train_qlora.load_tokenizer(model, local_files_only=not online), model
+            except (OSError, ValueError):
+                pass  # "access" says why
+        small = next((f for f in (download_model.SMALL_FOLDER, TOKENIZER_FOLDER) if is_tokenizer(f)), None)
+        if small is None:
+            # In a process of its own: the reader of the package wants torch.
+            code = (
+                f"import sys, download_model; sys.exit(download_model.build_tokenizer({TOKENIZER_FOLDER!r}))"
+            )
+            made = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            )  # fmt: skip
+            if made.returncode:
+                raise RunError(f"no tokenizer of {model} is here: " + made.stderr.strip().split("\n")[-1])
+            small = TOKENIZER_FOLDER
+        return train_qlora.load_tokenizer(small), f"./{small}, the same as Gemma-3-4b's"
+
+
+def is_tokenizer(folder):
+    return Path(folder, "tokenizer.json").is_file()
+
+
+def count_tokens(rows, tokenizer):
+    """Returns [(tokens, trained tokens), …] of the rows, by the function that training uses."""
+    counts = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        messages = [row["messages"] for _, row in rows[start : start + ROWS_AT_ONCE]]
+        batch = train_qlora.preprocess_function({"messages": messages}, tokenizer)
+        counts += [(len(labels), len(labels) - labels.count(-100)) for labels in batch["labels"]]
+    return counts
+
+
+def pieces(row, tokenizer):
+    """Returns [(text, trained, special), …], one for each token of a row, as training will see it."""
+    batch = train_qlora.preprocess_function({"messages": [row["messages"]]}, tokenizer)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    texts = [token.replace("▁", " ") for token in tokenizer.convert_ids_to_tokens(ids)]
+    blank = {i for i, text in zip(ids, texts, strict=True) if not text.strip()}  # added too, in Gemma's
+    return [(t, label != -100, i in special - blank) for t, i, label in zip(texts, ids, labels, strict=True)]
+
+
+def show_labels(rows, tokenizer):
+    """Prints rows token by token: trained ones in colour, or between ⟦ and ⟧ where there is none."""
+    colour = compare.paint("x", 32) != "x"
+    for line, row in rows:
+        tokens = pieces(row, tokenizer)
+        trained = sum(t for _, t, _ in tokens)
+        kind = "a call" if train_qlora.is_call(row["messages"]) else "general"
+        print(f"\nline {line}: {kind}, {len(tokens)} tokens, {trained} trained")
+        text, before = "", False
+        for piece, learned, special in tokens:
+            shown = chat_rows.printable(piece.replace("\n", "⏎"), 100) + "\n" * piece.count("\n")
+            if colour:
+                text += compare.paint(shown, ("1;" if special else "") + ("32" if learned else "90"))
+            else:
+                text += ("⟦" if learned else "⟧") * (learned != before) + shown
+            before = learned
+        print(text.rstrip("\n") + "⟧" * (before and not colour))
+
+
+def choose(rows, counts, wanted):
+    """Returns the rows to show: those on the lines asked for, all, or a call, a general and the longest one.
+
+    Raises RunError for a line that has no row.
+    """
+    if wanted == "all":
+        return rows
+    if wanted:
+        lines = {line for line, _ in rows}
+        if missing := sorted(set(wanted) - lines):
+            raise RunError(f"--rows: no row begins on line {missing[0]}; name lines of the file")
+        return [pair for pair in rows if pair[0] in wanted]
+    calls = [train_qlora.is_call(row["messages"]) for _, row in rows]
+    places = {calls.index(True)} if True in calls else set()
+    places |= {calls.index(False)} if False in calls else set()
+    places.add(max(range(len(rows)), key=lambda i: counts[i][0]))
+    return [rows[i] for i in sorted(places)]
+
+
+# ------------------------------------------------------------------------------------- plan and cost
+
+
+def plan(rows, counts):
+    """Returns what training will do, as a dict of its numbers, and [text, …] of what is off about it."""
+    plain = [row for _, row in rows]
+    training, validation = train_qlora.split_rows(plain)
+    calls = [train_qlora.is_call(row["messages"]) for row in plain]
+    steps_an_epoch = math.ceil(len(training) / train_qlora.ROWS_PER_STEP)
+    steps = steps_an_epoch * train_qlora.EPOCHS
+    micro, largest, several = 0, 0, False
+    for epoch in range(train_qlora.EPOCHS):
+        for step in train_qlora.steps_of(epoch + 1, training):
+            batches = train_qlora.micro_batches([{"input_ids": range(counts[i][0])} for i in step])
+            largest = max([largest, *(len(b) * max(len(e["input_ids"]) for e in b) for b in batches)])
+            micro += len(batches)
+            several |= len(batches) > 1
+    held_out = train_qlora.micro_batches([{"input_ids": range(counts[i][0])} for i in validation])
+    numbers = {
+        "training": len(training),
+        "validation": len(validation),
+        "validation_calls": sum(calls[i] for i in validation),
+        "steps": steps,
+        "warmup": train_qlora.warmup_steps(steps),
+        "micro_batches": micro,
+        "validation_micro_batches": len(held_out) * train_qlora.EPOCHS,
+        "largest": largest,
+        "several": several,
+        "tokens": sum(counts[i][0] for i in training) * train_qlora.EPOCHS,
+        "trained_at_once": min(train_qlora.LOGITS_AT_ONCE, sum(trained for _, trained in counts)),
+    }
+    off = []
+    if not validation:
+        off.append("too few rows to hold 10 % out: nothing is evaluated, and the last step's adapter is kept")
+    elif len({calls[i] for i in validation}) < 2:
+        lacks = "without" if calls[validation[0]] else "with"
+        off.append(f"no row {lacks} a call is held out: the best adapter is chosen by the other kind alone")
+    if steps < 2 * train_qlora.WARMUP_STEPS:
+        off.append(f"only {steps} steps: few rows; 40 and more is what was measured to teach the call")
+    return numbers, off
+
+
+def show_plan(numbers, counts):
+    n = numbers
+    calls, times = n["validation_calls"], train_qlora.EPOCHS if n["validation"] else 0
+    tokens, trained = (sum(column) for column in zip(*counts, strict=True))
+    longest = max(tokens for tokens, _ in counts)
+    print(f"\ntokens     {tokens} in all, {trained} trained, {longest} in the longest row")
+    print(f"split      {n['training']} rows trained on, {n['validation']} held out ({calls} with a call)")
+    print(
+        f"steps      {n['steps']}: {train_qlora.EPOCHS} epochs, {train_qlora.ROWS_PER_STEP} rows a step; ",
+        end="",
+    )
+    print(f"warm-up {n['warmup']}, then a cosine")
+    print(f"           {n['micro_batches']} micro-batches, the largest of {n['largest']} tokens")
+    print(f"evaluation {times} times, once an epoch; the adapter of the best one is kept")
+
+
+def seconds(d, numbers, bits, card):
+    """Returns how long training takes on a card: measured seconds, or scaled by published figures."""
+    weights = memory_estimate.text_weights(d)
+    operations = 6 * weights * numbers["tokens"] / (PUBLISHED[card] * 1e12 * BUSY)
+    launching = LAUNCHING[bits] * numbers["micro_batches"]
+    return launching + EVALUATING * numbers["validation_micro_batches"] + operations
+
+
+def show_cost(d, numbers, price):
+    rank = train_qlora.LORA_R
+    for bits in (4, 8):
+        size = memory_estimate.peak(
+            d, bits, rank, numbers["largest"], numbers["trained_at_once"], numbers["several"]
+        )
+        cards = [f"{card}" for card in CARDS if memory_estimate.fits(size, card)]
+        takes = f"fits cards of {', '.join(cards)} GB" if cards else "fits none of the usual cards"
+        print(f"memory     {bits} bits: {size / 2**30:.2f} GiB allocated at most; {takes}")
+    print(f"time       from start to adapter, and its price at {price:g} an hour (download apart):")
+    for card in PUBLISHED:
+        cells = []
+        for bits in (4, 8):
+            total = IMPORTS_AND_LOADING[bits] + seconds(d, numbers, bits, card)
+            cells.append(f"{bits} bits {total:>6.0f} s {total * price / 3600:>7.2f}")
+        how = "measured" if card == MEASURED_ON else "scaled"
+        print(f"           {card:<9} {'   '.join(cells)}   {how}")
+
+
+# -------------------------------------------------------------------------------------------- access
+
+
+def access(model, offline):
+    """Returns [(mark, text), …]: mark is ✓, ✗ (with the cure) or – (not needed, or not known)."""
+    lines = []
+    local = train_qlora.is_local(model)
+    download = 0
+    if local:
+        missing = download_model.missing_files(model)
+        cure = "; python download_model.py brings one"
+        lines.append(
+            ("✗", f"model: {model} lacks {missing[0]}{cure}") if missing else ("✓", f"model: {model}")
+        )
+    elif offline:
+        lines.append(("–", "token and licence: not asked for (--offline)"))
+    else:
+        from huggingface_hub import get_token
+
+        token = ("✓", "token: there") if get_token() else ("–", "token: none")
+        try:
+            _, files = download_model.ask_hub(model)
+            download = sum(file.size for file in files)
+            lines += [token, ("✓", f"licence: accepted, {model} may be downloaded ({download / 1e9:.1f} GB)")]
+        except download_model.ModelError as error:
+            mark = {"token": "token", "licence": "licence"}.get(error.about, "hub")
+            lines += [token] if mark != "token" else []
+            lines.append(("✗", f"{mark}: {error}"))
+            lines += [("–", "licence: not known before that")] if mark != "licence" else []
+    free = shutil.disk_usage(".").free
+    weights = 2 * memory_estimate.GEMMA_3_4B_WEIGHTS  # bytes
+    needed = 2 * weights + adapter_folder.DISK_NEEDED + download_model.RESERVE
+    enough = f"disk: {free / 1e9:.0f} GB free; model, adapter and merged model take {needed / 1e9:.0f}"
+    lines.append(("✓", enough) if free >= needed else ("✗", enough + "; free some, or take another folder"))
+    return lines + machine.check_memory() + machine.check_gpu()
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def parse_arguments(arguments=None):
+    def price(text):
+        value = float(text)
+        if not 0 <= value < math.inf:
+            raise ValueError
+        return value
+
+    def lines(text):
+        return text if text == "all" else [int(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(description="Check rows, labels, plan, cost and access before training.")
+    base = train_qlora.default_model()
+    parser.add_argument("--data", default=train_qlora.DATA_PATH, help="chat rows (default: %(default)s)")
+    parser.add_argument("--model", default=base, help="folder or hub name of the base (default: %(default)s)")
+    parser.add_argument("--gpu-price", type=price, default=GPU_PRICE, help="an hour (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=lines, metavar="5,17", help="lines to show the labels of, or all (default: three rows)"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write the labels of all rows as a page")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings and ✗ too")
+    parser.add_argument("--offline", action="store_true", help="ask no hub")
+    return parser.parse_args(arguments)
+
+
+def main():
+    args = parse_arguments()
+    try:
+        sys.exit(run(args))
+    except (RunError, chat_rows.DataError, download_model.ModelError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `python check.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def run(args):
+    """Returns the exit code."""
+    rows = chat_rows.read(args.data)
+    asked = []  # the hub is asked while the rows are looked at
+    asking = threading.Thread(target=lambda: asked.extend(access(args.model, args.offline)), daemon=True)
+    asking.start()
+    calls = sum(train_qlora.is_call(row["messages"]) for _, row in rows)
+    print(
+        f"rows       {len(rows)} of {args.data}: {calls} with a call, {len(rows) - calls} without", flush=True
+    )
+    held_out = []
+    if Path(compare.HELD_OUT).exists() and Path(compare.HELD_OUT).resolve() != Path(args.data).resolve():
+        held_out = chat_rows.read(compare.HELD_OUT)
+    found = warnings(rows, [prompt for prompt, _ in compare.PROBES], held_out)
+    show_warnings(args.data, rows, found)
+
+    asking.join()
+    online = any(mark == "✓" and text.startswith("licence") for mark, text in asked)
+    tokenizer, source = find_tokenizer(args.model, online)
+    counts = count_tokens(rows, tokenizer)
+    too_long = train_qlora.too_long([line for line, _ in rows], [tokens for tokens, _ in counts])
+    if too_long:
+        raise chat_rows.DataError(args.data, too_long)
+    print(f"\nlabels     tokenizer of {source}; trained is what is", end=" ")
+    print("green" if compare.paint("x", 32) != "x" else "between ⟦ and ⟧")
+    show_labels(choose(rows, counts, args.rows), tokenizer)
+    if args.html:
+        write_page(args.html, args.data, rows, found, tokenizer)
+    numbers, off = plan(rows, counts)
+    show_plan(numbers, counts)
+    for text in off:
+        print(f"           {compare.paint('warning', 33)}: {text}")
+    show_cost(dimensions_of(args.model), numbers, args.gpu_price)
+
+    print()
+    for mark, text in asked:
+        print(f"{compare.paint(mark, {'✓': 32, '✗': 31}.get(mark, 90))} {text}")
+    wrong = len(found) + len(off)
+    missing = sum(mark == "✗" for mark, _ in asked)
+    print(f"\nverdict    {wrong or 'no'} warning{'s' * (wrong != 1)}", end="")
+    print(f"; to mend before training: {missing} ✗" if missing else "")
+    if not (args.strict and (wrong or missing)):
+        print("next       python download_model.py, then python train_qlora.py on a GPU")
+    return int(args.strict and bool(wrong or missing))
+
+
+def dimensions_of(model):
+    """Returns the Dimensions of a model that is here, otherwise those of Gemma-3-4b."""
+    try:
+        return memory_estimate.dimensions(json.loads(Path(model, "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return memory_estimate.GEMMA_3_4B
+
+
+def write_page(path, data, rows, found, tokenizer):
+    import labels_page
+
+    told = defaultdict(list)
+    for line, _, text in found:
+        told[line].append(text)
+    page = (
+        {
+            "line": line,
+            "call": train_qlora.is_call(row["messages"]),
+            "pieces": pieces(row, tokenizer),
+            "warnings": told[line],
+        }
+        for line, row in rows
+    )
+    try:
+        labels_page.write(path, data, page)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}); name another file") from error
+    print(f"\npage       {path}: open it in a browser")
+
+
+if __name__ == "__main__":
+    main()

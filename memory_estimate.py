@@ -1,0 +1,83 @@
+"""How much GPU memory training will take: worked out from the model's dimensions and the rows' lengths."""
+
+from typing import NamedTuple
+
+BLOCK, NESTED_BLOCK = 64, 256  # weights to a scale, and scales to a scale of theirs (QLoRA, arXiv 2305.14314)
+BYTES_A_WEIGHT = {4: 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK), 8: 1.0}
+# Measured with 40 to 2046 tokens at once, 4 and 8 bits, on an H100 (torch 2.11): what the logits of a trained
+# token take while its loss is computed (bf16, and fp32 three times over), and how many tensors as wide as
+# the hidden state are kept beside one a layer.
+BYTES_A_LOGIT = 13.2
+HIDDEN_BESIDE_LAYERS = 10
+RESERVED = 1.08  # what torch takes from the card for what it allocates
+CONTEXT = 0.6 * 2**30  # bytes: CUDA's own, and the pages of the optimizer's state (60 MB on 4B)
+USABLE = 0.95  # of a card's nominal memory: the driver and a desktop have the rest
+
+
+class Dimensions(NamedTuple):
+    """A Gemma 3's sizes; the vision ones are 0 in a text-only model."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    queries: int  # heads × width of a head
+    keys: int  # key/value heads × width of a head
+    vision_hidden: int = 0
+    vision_intermediate: int = 0
+    vision_layers: int = 0
+    patch: int = 0
+    image: int = 0
+
+
+# google/gemma-3-4b-it, its config.json (arXiv 2503.19786)
+GEMMA_3_4B_WEIGHTS = 4_300_079_472
+GEMMA_3_4B = Dimensions(262_208, 2560, 10_240, 34, 2048, 1024, 1152, 4304, 27, 14, 896)
+
+
+def dimensions(config):
+    """Returns the Dimensions of a config.json, a dict; raises KeyError if it is no Gemma 3's."""
+    text, vision = config.get("text_config", config), config.get("vision_config") or {}
+    head = text["head_dim"]
+    sizes = [text[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")]
+    sizes += [text["num_attention_heads"] * head, text["num_key_value_heads"] * head]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size", "image_size")
+    return Dimensions(*sizes, *(vision.get(name, 0) for name in names))
+
+
+def text_weights(d):
+    """Returns how many weights the text model's seven projections have: what does the arithmetic."""
+    return d.layers * d.hidden * (2 * d.queries + 2 * d.keys + 3 * d.intermediate)
+
+
+def lora_weights(d, rank):
+    """Returns how many weights LoRA trains: rank × (inputs + outputs) of each projection."""
+    attention = (d.hidden + d.queries) * 2 + (d.hidden + d.keys) * 2
+    return rank * d.layers * (attention + 3 * (d.hidden + d.intermediate))
+
+
+def plain_weights(d):
+    """Returns how many weights stay bf16: the embedding (the output head too) and the eyes' ends."""
+    eyes = d.vision_hidden * d.hidden
+    if d.patch:
+        eyes += d.vision_hidden * (3 * d.patch**2 + (d.image // d.patch) ** 2)
+    return d.vocabulary * d.hidden + eyes
+
+
+def peak(d, bits, rank, tokens, trained_at_once, several):
+    """Returns the bytes that torch allocates at most while it trains with layers checkpointed.
+
+    tokens: of the largest micro-batch, rows × longest row; trained_at_once: of these, how many get logits at
+    the same time; several: whether a step has more than one micro-batch, whose gradients stay meanwhile.
+    """
+    vision = d.vision_layers * (4 * d.vision_hidden**2 + 2 * d.vision_hidden * d.vision_intermediate)
+    weights = (text_weights(d) + vision) * BYTES_A_WEIGHT[bits] + 2 * plain_weights(d)
+    lora = 4 * lora_weights(d, rank)  # fp32, and so are their gradients
+    activations = 2 * d.hidden * (d.layers + HIDDEN_BESIDE_LAYERS) * tokens
+    logits = BYTES_A_LOGIT * d.vocabulary * trained_at_once
+    return weights + lora * (2 if several else 1) + activations + logits
+
+
+def fits(allocated, card):
+    """Whether a card of so many GiB takes a run that allocates so many bytes."""
+    return allocated * RESERVED + CONTEXT <= USABLE * card * 2**30
