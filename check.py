@@ -44,6 +44,8 @@ ALIKE = 0.8
 CHUNK = 4
 BANDS, HASHES = 12, 4
 MINORITY = 1 / 3  # a smaller share of rows with, or without, a call teaches "always", or "never"
+SPELT_ALIKE = 0.75  # difflib's ratio of two names: one letter in four may differ
+MOST_USED = 50  # spellings that the others are held against
 RARE = 10  # a spelling that another one, nearly the same, outnumbers so many times is a slip
 LATIN, CYRILLIC = "aceopxykABCEHKMOPTXY", "асеорхукАВСЕНКМОРТХУ"  # which look alike
 
@@ -190,7 +192,9 @@ def warn_of_calls(rows):
     for what, spellings in (("call's name", names), ("argument", keys)):
         for rare, lines in spellings.items():
             for usual, others in spellings.items():
-                alike = difflib.SequenceMatcher(None, rare.casefold(), usual.casefold()).ratio() >= 0.8
+                alike = (
+                    difflib.SequenceMatcher(None, rare.casefold(), usual.casefold()).ratio() >= SPELT_ALIKE
+                )
                 if len(lines) * RARE <= len(others) and alike:
                     text = f'the {what} is "{rare}", and "{usual}" in {len(others)} other places'
                     yield from ((line, "spelling", text) for line in lines)

@@ -50,6 +50,11 @@ def text_weights(d):
     return d.layers * d.hidden * (2 * d.queries + 2 * d.keys + 3 * d.intermediate)
 
 
+def vision_weights(d):
+    """Returns how many weights of the vision tower are quantised too."""
+    return d.vision_layers * (4 * d.vision_hidden**2 + 2 * d.vision_hidden * d.vision_intermediate)
+
+
 def lora_weights(d, rank):
     """Returns how many weights LoRA trains: rank × (inputs + outputs) of each projection."""
     attention = (d.hidden + d.queries) * 2 + (d.hidden + d.keys) * 2
@@ -70,8 +75,7 @@ def peak(d, bits, rank, tokens, trained_at_once, several):
     tokens: of the largest micro-batch, rows × longest row; trained_at_once: of these, how many get logits at
     the same time; several: whether a step has more than one micro-batch, whose gradients stay meanwhile.
     """
-    vision = d.vision_layers * (4 * d.vision_hidden**2 + 2 * d.vision_hidden * d.vision_intermediate)
-    weights = (text_weights(d) + vision) * BYTES_A_WEIGHT[bits] + 2 * plain_weights(d)
+    weights = (text_weights(d) + vision_weights(d)) * BYTES_A_WEIGHT[bits] + 2 * plain_weights(d)
     lora = 4 * lora_weights(d, rank)  # fp32, and so are their gradients
     activations = 2 * d.hidden * (d.layers + HIDDEN_BESIDE_LAYERS) * tokens
     logits = BYTES_A_LOGIT * d.vocabulary * trained_at_once

@@ -1,0 +1,363 @@
+"""check.py: what is legal and yet wrong in rows, the labels shown, plan, memory, and what a user sees."""
+
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+
+import chat_rows
+import check
+import compare
+import download_model
+import machine
+import memory_estimate
+import train_qlora
+from benchmarks import random_gemma_4b
+
+ROOT = Path(__file__).resolve().parent.parent
+CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
+
+
+def row(*texts):
+    roles = ["user", "assistant"] * (len(texts) // 2)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
+
+
+def balanced(*rows):
+    """The rows, numbered as lines, with as many of both kinds around them that nothing else is found."""
+    fill = [row(f"{word} {i}{i * 7}?", CALL if i % 2 else "Да.") for i, word in enumerate("абвгд" * 6)]
+    return list(enumerate([*rows, *fill], 1))
+
+
+def told(*rows, **kwargs):
+    found = check.warnings(balanced(*rows), **kwargs)
+    return [f"{line} {kind}: {text}" for line, kind, text in found]
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([row("Мой баланс?", CALL)], []),
+        (
+            [row("Мой баланс?", CALL), row("мой  Баланс", "Не знаю.")],
+            ["2 contradiction: the same prompt as line 1 with another answer"],
+        ),
+        (
+            [row("Мой баланс?", CALL), row("мой  Баланс", CALL)],
+            ["2 duplicate: the same row as line 1"],
+        ),
+        (
+            [row("Сколько денег осталось на моей карте сегодня", CALL),
+             row("Сколько денег осталось на моей карте сегодни", CALL)],
+            ["2 near-duplicate: nearly the prompt of line 1 (95% alike)"],
+        ),
+        (
+            [row("Покaжи счёт", CALL)],
+            ['1 look-alikes: message 1: in "Покaжи" a is Latin'],
+        ),
+        ([row("Мой iPhone и SMS-код, Wi-Fi, IT-отдел", CALL)], []),
+        (
+            [row("Мой\u00a0счёт\u200b", CALL)],
+            ["1 invisible: message 1 holds an invisible character: NO-BREAK SPACE, ZERO WIDTH SPACE"],
+        ),
+        ([row("Семья 👨\u200d👩\u200d👧 и флаг ❤️\nда", "Да.")], []),
+        ([row("Мой счёт ", CALL)], ["1 blanks: message 1 begins or ends with blanks, which are not learned"]),
+        (
+            [row("Мой счёт", f"Вот: {CALL}")],
+            ["1 call: message 2: the call cannot be read as one (text around the call)"],
+        ),
+        (
+            [row("Мой счёт", CALL.replace("{}", "{"))],
+            ["1 call: message 2: the call cannot be read as one (the tag is not closed)"],
+        ),
+        (
+            [row("Мой счёт", CALL.replace("{}", "[]"))],
+            ["1 call: message 2: the call cannot be read as one (the arguments are not a JSON object)"],
+        ),
+        ([row("Мой счёт", CALL.replace('"', "'"))], ["1 call: message 2: the call has single quotes"]),
+        ([row("Первый вопрос", f"{CALL} вот", "А второй", "Да.")],
+         ["1 call: message 2: the call cannot be read as one (text around the call)"]),
+        (
+            [row("Мой счёт", CALL.replace("sensitive", "sensitve"))],
+            ["1 spelling: the call's name is \"get_sensitve_data\", and "
+             '"get_sensitive_data" in 15 other places'],
+        ),
+        ([row("Мой счёт", CALL.replace("sensitive_data", "weather"))], []),
+        (
+            [row("Добрый день, как настроение", "Хорошо.")],
+            ["1 judge: the prompt is a probe of compare.py too, which then proves nothing"],
+        ),
+        (
+            [row("Что там с моим заказом", CALL)],
+            ["1 judge: the prompt is line 7 of the held-out rows too, which then proves nothing"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_legal_and_wrong_is_told_with_its_line(rows, says):
+    held_out = [(7, row("Что там с моим заказом?", CALL))]
+    assert told(*rows, probes=[p for p, _ in compare.PROBES], held_out=held_out) == says
+
+
+def test_an_argument_spelt_unlike_fifty_others_is_told():
+    calls = [row(f"вопрос {i}{i}{i}", "<tool_call name='f' arguments='{\"city\": 1}'/>") for i in range(50)]
+    calls.append(row("а это опечатка", '<tool_call name="f" arguments=\'{"citi": 1}\'/>'))
+    found = [w for w in told(*calls) if "spelling" in w]
+    assert found == ['51 spelling: the argument is "citi", and "city" in 50 other places']
+
+
+@pytest.mark.parametrize(
+    ("calls", "general", "few"),
+    [(20, 9, "9 of 29 rows are without"), (9, 20, "9 of 29 rows are with a"), (10, 20, None)],
+)
+def test_rows_of_one_kind_are_told(calls, general, few):
+    rows = [row(f"{chr(1072 + i)}{i}", CALL) for i in range(calls)]
+    rows += [row(f"{chr(1072 + i)}{i} привет", "Да.") for i in range(general)]
+    found = [text for _, kind, text in check.warnings(list(enumerate(rows, 1))) if kind == "balance"]
+    assert [text[: len(few or "")] for text in found] == ([few] if few else [])
+
+
+def test_near_duplicates_are_those_of_all_pairs():
+    chance = random.Random(0)
+    words = "мой счёт карта баланс вклад кредит лимит заказ долг покажи сколько какой"
+    texts = list({" ".join(chance.choices(words.split(), k=6)) for _ in range(150)})
+    texts += [text + " да" for text in texts[:40]]
+    chunks = [check.chunks_of(text) for text in texts]
+    alike = {}
+    for j in range(len(texts)):
+        for i in range(j):
+            index = len(chunks[i] & chunks[j]) / len(chunks[i] | chunks[j])
+            if index >= check.ALIKE:
+                alike.setdefault(j, {})[i] = index
+    found = {j: (i, index) for i, j, index in check.near_duplicates(texts)}
+    assert set(found) <= set(alike)
+    assert len(found) >= 0.95 * len(alike) >= 30
+    assert all(alike[j][i] == index for j, (i, index) in found.items())
+
+
+# -------------------------------------------------------------------------------------------- labels
+
+
+def test_pieces_are_the_labels_of_training(tokenizer):
+    shown = check.pieces(row("Да", "Нет <b>"), tokenizer)
+    batch = train_qlora.preprocess_function({"messages": [row("Да", "Нет <b>")["messages"]]}, tokenizer)
+    assert [trained for _, trained, _ in shown] == [label != -100 for label in batch["labels"][0]]
+    assert "".join(text for text, _, _ in shown) == tokenizer.decode(batch["input_ids"][0])
+    assert [text for text, _, special in shown if special] == [
+        *["<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_turn>", "<end_of_turn>"]
+    ]
+
+
+def test_the_rows_shown_are_a_call_a_general_and_the_longest_or_those_asked_for():
+    rows = [(2, row("а", CALL)), (3, row("б", CALL)), (5, row("в", "Да.")), (9, row("г" * 50, "Да."))]
+    counts = [(10, 5), (10, 5), (8, 2), (60, 2)]
+    assert [line for line, _ in check.choose(rows, counts, None)] == [2, 5, 9]
+    assert [line for line, _ in check.choose(rows, counts, [3, 9])] == [3, 9]
+    assert check.choose(rows, counts, "all") == rows
+    with pytest.raises(machine.RunError, match="no row begins on line 4"):
+        check.choose(rows, counts, [3, 4])
+
+
+# ------------------------------------------------------------------------------------- plan and cost
+
+
+def test_the_plan_is_what_training_does(tokenizer):
+    rows = chat_rows.read(ROOT / "examples.json")
+    counts = check.count_tokens(rows, tokenizer)
+    numbers, off = check.plan(rows, counts)
+    assert off == []
+    assert (numbers["training"], numbers["validation"], numbers["steps"], numbers["warmup"]) == (
+        63,
+        7,
+        40,
+        10,
+    )
+    examples = train_qlora.tokenise_rows(ROOT / "examples.json", [r for _, r in rows], tokenizer)
+    assert counts == [(len(e["labels"]), sum(x != -100 for x in e["labels"])) for e in examples]
+    largest = micro = 0
+    training, _ = train_qlora.split_rows([r for _, r in rows])
+    for epoch in range(1, 11):
+        for step in train_qlora.steps_of(epoch, training):
+            for batch in train_qlora.micro_batches([examples[i] for i in step]):
+                micro += 1
+                largest = max(largest, len(batch) * max(len(e["input_ids"]) for e in batch))
+    assert (numbers["micro_batches"], numbers["largest"]) == (micro, largest)
+
+
+def test_what_is_off_about_a_plan_is_told():
+    few = [(i, row(f"а{i}", CALL)) for i in range(4)]
+    assert "nothing is evaluated" in check.plan(few, [(10, 5)] * 4)[1][0]
+    one_kind = [(i, row(f"а{i}", CALL)) for i in range(400)]
+    assert check.plan(one_kind, [(10, 5)] * 400)[1] == [
+        "no row without a call is held out: the best adapter is chosen by the other kind alone"
+    ]
+
+
+def test_dimensions_and_weights_are_the_models_own(tmp_path):
+    config = random_gemma_4b.config()
+    config.save_pretrained(tmp_path)
+    d = memory_estimate.dimensions(json.loads((tmp_path / "config.json").read_text()))
+    assert d == memory_estimate.GEMMA_3_4B
+    assert memory_estimate.lora_weights(d, train_qlora.LORA_R) == 29_802_496
+    linear = memory_estimate.text_weights(d) + memory_estimate.vision_weights(d)
+    norms_and_biases = memory_estimate.GEMMA_3_4B_WEIGHTS - linear - memory_estimate.plain_weights(d)
+    assert 0 < norms_and_biases < 2e6
+    tiny_config(multimodal=False).save_pretrained(tmp_path)
+    d = memory_estimate.dimensions(json.loads((tmp_path / "config.json").read_text()))
+    assert (d.layers, d.queries, d.keys, d.vision_layers) == (2, 64, 32, 0)
+
+
+# Allocated GiB while training (random weights of the 4B dimensions, H100, torch 2.11, bitsandbytes 0.50.2):
+# bits, tokens at once, of these with logits at once, GiB.
+MEASURED = [(4, 784, 128, 3.694), (4, 1024, 128, 3.740), (4, 2046, 128, 3.957)]
+MEASURED += [(8, 784, 128, 5.356), (8, 1024, 128, 5.398), (8, 2046, 128, 5.641)]
+
+
+@pytest.mark.parametrize(("bits", "tokens", "trained", "measured"), MEASURED)
+def test_the_memory_estimate_is_within_a_tenth_of_what_was_measured(bits, tokens, trained, measured):
+    estimate = memory_estimate.peak(memory_estimate.GEMMA_3_4B, bits, 16, tokens, trained, False) / 2**30
+    assert math.isclose(estimate, measured, rel_tol=0.1)
+
+
+def test_cards_and_price(capsys):
+    numbers = {"largest": 784, "trained_at_once": 128, "several": False, "micro_batches": 40}
+    numbers |= {"validation_micro_batches": 10, "tokens": 24_000}
+    check.show_cost(memory_estimate.GEMMA_3_4B, numbers, 3600)
+    out = capsys.readouterr().out
+    assert "4 bits: 3.69 GiB allocated at most; fits cards of 8, 12, 16, 24, 48 GB" in out
+    line = next(line for line in out.splitlines() if "H100" in line).split()
+    assert float(line[3]) == pytest.approx(float(line[5]), abs=0.51)  # 3600 an hour is one a second
+    assert not memory_estimate.fits(7.5 * 2**30, 8)
+
+
+# -------------------------------------------------------------------------------------------- access
+
+
+@pytest.mark.parametrize(
+    ("error", "marks"),
+    [
+        (None, ["✓ token", "✓ licence"]),
+        (("no token (401)", "token"), ["✗ token", "– licence"]),
+        (("licence not accepted (403)", "licence"), ["✓ token", "✗ licence"]),
+        (("hub unreachable", "hub"), ["✓ token", "✗ hub", "– licence"]),
+    ],
+)
+def test_access_says_what_stands_in_the_way(monkeypatch, error, marks):
+    def ask(repo):
+        if error:
+            raise download_model.ModelError(*error)
+        return "commit", []
+
+    monkeypatch.setattr(download_model, "ask_hub", ask)
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    lines = check.access("google/gemma-3-4b-it", offline=False)
+    assert [f"{mark} {text.split(':')[0]}" for mark, text in lines][: len(marks)] == marks
+    assert "hf_planted" not in str(lines)
+
+
+def test_offline_asks_no_hub(monkeypatch):
+    monkeypatch.setattr(download_model, "ask_hub", lambda repo: pytest.fail("the hub was asked"))
+    assert check.access("google/gemma-3-4b-it", offline=True)[0][0] == "–"
+
+
+def test_a_model_folder_is_looked_into(tiny_text_model, tmp_path):
+    assert check.access(tiny_text_model, offline=False)[0] == ("✓", f"model: {tiny_text_model}")
+    assert check.access(str(tmp_path), offline=False)[0][0] == "✗"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_wrong_product_of_bitsandbytes_is_refused(monkeypatch, bits):
+    import bitsandbytes
+
+    machine.check_product(bits, "cpu", torch.float32)
+    if bits == 4:
+        right = bitsandbytes.matmul_4bit
+        monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *a, **k: right(*a, **k) * 1.1)
+    else:
+        right = bitsandbytes.nn.Linear8bitLt.forward
+        monkeypatch.setattr(bitsandbytes.nn.Linear8bitLt, "forward", lambda self, x: right(self, x) * 1.2)
+    with pytest.raises(machine.RunError, match=f"multiplies wrongly in {bits} bits"):
+        machine.check_product(bits, "cpu", torch.float32)
+
+
+# ------------------------------------------------------------------------------------------- command
+
+
+def command(*arguments, folder, **environment):
+    result = subprocess.run(
+        [sys.executable, ROOT / "check.py", *map(str, arguments)],
+        cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def test_the_shipped_rows_are_right_and_no_torch_is_imported(tiny_text_model, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import check\n"
+        "try: check.main()\nfinally: print('torch' in sys.modules)\n"
+    )
+    arguments = ["--model", tiny_text_model, "--data", ROOT / "examples.json", "--strict", "--offline"]
+    result = subprocess.run(
+        [sys.executable, probe, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"rows       70 of {ROOT}/examples.json: 35 with a call, 35 without"
+    assert "verdict    no warnings" in lines
+    assert lines[-1] == "False"
+    assert f"⟦{CALL}<end_of_turn>⟧⏎" in result.stdout
+
+
+def test_errors_exit_1_warnings_0_and_with_strict_1(tiny_text_model, tmp_path):
+    rows = [row(f"{chr(1072 + i)}{i}", CALL) for i in range(9)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--data", "rows.json", "--offline", "--model", tiny_text_model]
+    result = command(*arguments, folder=tmp_path)
+    assert result.returncode == 0
+    assert "rows.json:1: warning: 0 of 9 rows are without a call" in result.stdout
+    assert command(*arguments, "--strict", folder=tmp_path).returncode == 1
+    rows[3]["messages"].pop()
+    rows[5]["messages"][1]["content"] = "я" * 2100
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    result = command(*arguments, folder=tmp_path)
+    assert (result.returncode, result.stderr.split(": ")[0]) == (1, "rows.json:4")
+    del rows[3]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    result = command(*arguments, folder=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("rows.json:5: the row has 21")
+
+
+def test_the_page_and_the_rows_asked_for(tiny_text_model, tmp_path):
+    arguments = ["--model", tiny_text_model, "--data", ROOT / "examples.json", "--offline"]
+    result = command(*arguments, "--html", "l.html", "--rows", "5,17", folder=tmp_path)
+    assert re.findall(r"^line (\d+): a call, \d+ tokens, 51 trained$", result.stdout, re.M) == ["5", "17"]
+    assert (tmp_path / "l.html").read_text(encoding="utf-8").count("<article") == 70
+    assert "open it in a browser" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rows", "2,x"], "--rows: invalid lines value: '2,x'"),
+        (["--gpu-price", "nan"], "--gpu-price: invalid price value: 'nan'"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_wrong_arguments_exit_2(tmp_path, arguments, says):
+    result = command(*arguments, folder=tmp_path)
+    assert result.returncode == 2
+    assert says in result.stderr
