@@ -54,10 +54,12 @@ TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa
 
 # Training's seconds: a micro-batch waits for its kernels to be launched one by one, whatever it holds, and
 # takes 6 operations a weight and token (forward, once more in the backward pass, and the gradient).
-LAUNCHING = {4: 1.1, 8: 1.1}  # seconds a micro-batch, measured on an H100's host: 40 steps of 16 short rows
-EVALUATING = 0.4  # the same for one without a backward pass
-IMPORTS_AND_LOADING = {4: 22, 8: 29}  # seconds, measured there
-BUSY = 0.3  # of the published figure is what a card does of these products
+LAUNCHING = {
+    4: 1.1,
+    8: 0.9,
+}  # seconds a micro-batch, its share of evaluating included; measured
+IMPORTS_AND_LOADING = {4: 33, 8: 30}  # seconds; both on an H100's host, 40 steps of 16 short rows
+BUSY = 0.3  # of the published figure is what a card is taken to do of these products
 # Published dense bf16 tera-operations a second; the T4 computes in fp32, having no bf16.
 PUBLISHED = {"H100": 989, "A100": 312, "RTX 4090": 165, "L4": 121, "A10": 125, "RTX 3090": 71, "T4": 8.1}
 MEASURED_ON = "H100"
@@ -294,11 +296,12 @@ def show_labels(rows, tokenizer):
         print(f"\nline {line}: {kind}, {len(tokens)} tokens, {trained} trained")
         text, before = "", False
         for piece, learned, special in tokens:
-            shown = chat_rows.printable(piece.replace("\n", "⏎"), 100) + "\n" * piece.count("\n")
+            shown = chat_rows.printable(piece.replace("\n", "⏎"), 100)
             if colour:
-                text += compare.paint(shown, ("1;" if special else "") + ("32" if learned else "90"))
-            else:
-                text += ("⟦" if learned else "⟧") * (learned != before) + shown
+                shown = compare.paint(shown, ("1;" if special else "") + ("32" if learned else "90"))
+            elif learned != before:
+                shown = ("⟦" if learned else "⟧") + shown
+            text += shown + "\n" * piece.count("\n")
             before = learned
         print(text.rstrip("\n") + "⟧" * (before and not colour))
 
@@ -339,7 +342,6 @@ def plan(rows, counts):
             largest = max([largest, *(len(b) * max(len(e["input_ids"]) for e in b) for b in batches)])
             micro += len(batches)
             several |= len(batches) > 1
-    held_out = train_qlora.micro_batches([{"input_ids": range(counts[i][0])} for i in validation])
     numbers = {
         "training": len(training),
         "validation": len(validation),
@@ -347,7 +349,6 @@ def plan(rows, counts):
         "steps": steps,
         "warmup": train_qlora.warmup_steps(steps),
         "micro_batches": micro,
-        "validation_micro_batches": len(held_out) * train_qlora.EPOCHS,
         "largest": largest,
         "several": several,
         "tokens": sum(counts[i][0] for i in training) * train_qlora.EPOCHS,
@@ -384,8 +385,7 @@ def seconds(d, numbers, bits, card):
     """Returns how long training takes on a card: measured seconds, or scaled by published figures."""
     weights = memory_estimate.text_weights(d)
     operations = 6 * weights * numbers["tokens"] / (PUBLISHED[card] * 1e12 * BUSY)
-    launching = LAUNCHING[bits] * numbers["micro_batches"]
-    return launching + EVALUATING * numbers["validation_micro_batches"] + operations
+    return LAUNCHING[bits] * numbers["micro_batches"] + operations
 
 
 def show_cost(d, numbers, price):
@@ -397,7 +397,7 @@ def show_cost(d, numbers, price):
         cards = [f"{card}" for card in CARDS if memory_estimate.fits(size, card)]
         takes = f"fits cards of {', '.join(cards)} GB" if cards else "fits none of the usual cards"
         print(f"memory     {bits} bits: {size / 2**30:.2f} GiB allocated at most; {takes}")
-    print(f"time       from start to adapter, and its price at {price:g} an hour (download apart):")
+    print(f"time       from start to adapter, and its price at {price:g} an hour, without the download:")
     for card in PUBLISHED:
         cells = []
         for bits in (4, 8):
@@ -439,7 +439,8 @@ def access(model, offline):
     free = shutil.disk_usage(".").free
     weights = 2 * memory_estimate.GEMMA_3_4B_WEIGHTS  # bytes
     needed = 2 * weights + adapter_folder.DISK_NEEDED + download_model.RESERVE
-    enough = f"disk: {free / 1e9:.0f} GB free; model, adapter and merged model take {needed / 1e9:.0f}"
+    takes = f"model ({weights / 1e9:.1f}, a download), adapter and merged model take {needed / 1e9:.0f}"
+    enough = f"disk: {free / 1e9:.0f} GB free; {takes}"
     lines.append(("✓", enough) if free >= needed else ("✗", enough + "; free some, or take another folder"))
     return lines + machine.check_memory() + machine.check_gpu()
 

@@ -590,6 +590,9 @@ def run(args):
     machine.check_product(args.bits, state.device, dtype)
     say = partial(print, flush=True) if state.is_main_process else lambda *_: None
     say(f"rows       {len(rows)} of {args.data}: {sum(calls)} with a call, {len(rows) - sum(calls)} without")
+    for mark, text in machine.check_memory():
+        if mark == "✗":
+            say(f"warning    {text}")
     if not validation:
         say("           too few to hold 10 % out: all are trained on, and the last step's adapter is kept")
 

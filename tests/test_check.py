@@ -218,20 +218,26 @@ def test_dimensions_and_weights_are_the_models_own(tmp_path):
 
 
 # Allocated GiB while training (random weights of the 4B dimensions, H100, torch 2.11, bitsandbytes 0.50.2):
-# bits, tokens at once, of these with logits at once, GiB.
-MEASURED = [(4, 784, 128, 3.694), (4, 1024, 128, 3.740), (4, 2046, 128, 3.957)]
-MEASURED += [(8, 784, 128, 5.356), (8, 1024, 128, 5.398), (8, 2046, 128, 5.641)]
+# bits, tokens of the largest micro-batch, whether a step has several, GiB. The first four are whole runs, of
+# the shipped rows and of rows of 2048 tokens; the others single micro-batches.
+MEASURED = [(4, 784, False, 3.72), (4, 2048, True, 4.18), (8, 784, False, 5.38), (8, 2048, True, 5.90)]
+MEASURED += [
+    (4, 1024, False, 3.740),
+    (4, 2046, False, 3.957),
+    (8, 1024, False, 5.398),
+    (8, 2046, False, 5.641),
+]
 
 
-@pytest.mark.parametrize(("bits", "tokens", "trained", "measured"), MEASURED)
-def test_the_memory_estimate_is_within_a_tenth_of_what_was_measured(bits, tokens, trained, measured):
-    estimate = memory_estimate.peak(memory_estimate.GEMMA_3_4B, bits, 16, tokens, trained, False) / 2**30
-    assert math.isclose(estimate, measured, rel_tol=0.1)
+@pytest.mark.parametrize(("bits", "tokens", "several", "measured"), MEASURED)
+def test_the_memory_estimate_is_within_a_tenth_of_what_was_measured(bits, tokens, several, measured):
+    estimate = memory_estimate.peak(memory_estimate.GEMMA_3_4B, bits, 16, tokens, 128, several) / 2**30
+    assert math.isclose(estimate, measured, rel_tol=0.05)
 
 
 def test_cards_and_price(capsys):
     numbers = {"largest": 784, "trained_at_once": 128, "several": False, "micro_batches": 40}
-    numbers |= {"validation_micro_batches": 10, "tokens": 24_000}
+    numbers |= {"tokens": 24_000}
     check.show_cost(memory_estimate.GEMMA_3_4B, numbers, 3600)
     out = capsys.readouterr().out
     assert "4 bits: 3.69 GiB allocated at most; fits cards of 8, 12, 16, 24, 48 GB" in out
