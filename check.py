@@ -378,7 +378,8 @@ def show_plan(numbers, counts):
     )
     print(f"warm-up {n['warmup']}, then a cosine")
     print(f"           {n['micro_batches']} micro-batches, the largest of {n['largest']} tokens")
-    print(f"evaluation {times} times, once an epoch; the adapter of the best one is kept")
+    print(f"evaluation {times} times, once an epoch; the adapter of the best one is written at the end,")
+    print("           and no checkpoint before")
 
 
 def seconds(d, numbers, bits, card):
@@ -490,8 +491,16 @@ def main():
 def run(args):
     """Returns the exit code."""
     rows = chat_rows.read(args.data)
-    asked = []  # the hub is asked while the rows are looked at
-    asking = threading.Thread(target=lambda: asked.extend(access(args.model, args.offline)), daemon=True)
+    asked = []
+
+    def ask():
+        try:
+            asked.extend(access(args.model, args.offline))
+        except Exception as error:  # of a thread, it would be lost
+            reason = chat_rows.printable(f"{type(error).__name__}: {error}", 200)
+            asked.append(("✗", f"access could not be checked ({reason}); report that, with --offline go on"))
+
+    asking = threading.Thread(target=ask, daemon=True)  # the hub is asked while the rows are looked at
     asking.start()
     calls = sum(train_qlora.is_call(row["messages"]) for _, row in rows)
     print(

@@ -60,10 +60,11 @@ def load(adapter, bits):
     config, run = adapter_folder.read_settings(adapter)
 
     import torch
+
+    machine.quiet_libraries()
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    machine.quiet_libraries()
     gpu = torch.cuda.is_available()
     base = config["base_model_name_or_path"]
     folder, revision = train_qlora.find_model(base, rehearse=not gpu)

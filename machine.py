@@ -81,10 +81,10 @@ def check_product(bits, device, dtype):
 
     cure = "reinstall it: pip install --force-reinstall bitsandbytes==" + versions()["bitsandbytes"]
     try:
+        quiet_bitsandbytes()
         import bitsandbytes
         from bitsandbytes import functional
 
-        quiet_casts()
         chance = torch.Generator().manual_seed(0)
         weights, values = (torch.randn(256, 256, generator=chance).to(device, dtype) for _ in range(2))
         if bits == 4:
@@ -138,18 +138,21 @@ def check_memory():
     return [("✓", text) if free >= needed else ("✗", text + "; close other programs")]
 
 
-def quiet_casts():
-    """Silences "inputs will be cast from bfloat16 to float16": bitsandbytes' 8-bit kernels are made so."""
+def quiet_bitsandbytes():
+    """Silences by name, before bitsandbytes is imported, what no user of it here can act on."""
     import logging
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # "inputs will be cast from bfloat16 to float16", at every call: its 8-bit kernels are made so. And, on
+    # CPUs with AVX512-BF16, that a faster kernel is not there: load_model turns these kernels off.
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_libraries():
     """Silences by name what libraries say that no user can act on."""
     import transformers
 
-    quiet_casts()
+    quiet_bitsandbytes()
     transformers.logging.set_verbosity_error()  # what it reports on loading is checked in load_model
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()

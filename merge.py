@@ -270,10 +270,11 @@ def run(args):
     check_output(output, base, args.adapter, args.overwrite)
 
     import torch
+
+    machine.quiet_libraries()
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    machine.quiet_libraries()
     folder, revision = train_qlora.find_model(base, rehearse=not torch.cuda.is_available())
     adapter_folder.check_weights(args.adapter, folder, revision)
     print(f"merging    {args.adapter} into {chat_rows.printable(base)}")

@@ -276,6 +276,14 @@ def test_offline_asks_no_hub(monkeypatch):
     assert check.access("google/gemma-3-4b-it", offline=True)[0][0] == "–"
 
 
+def test_what_goes_wrong_while_the_hub_is_asked_is_told(monkeypatch, tiny_text_model, capsys):
+    monkeypatch.setattr(check, "access", lambda model, offline: 1 / 0)
+    arguments = ["--data", str(ROOT / "examples.json"), "--model", tiny_text_model]
+    assert check.run(check.parse_arguments(arguments)) == 0
+    assert "✗ access could not be checked (ZeroDivisionError" in capsys.readouterr().out
+    assert check.run(check.parse_arguments([*arguments, "--strict"])) == 1
+
+
 def test_a_model_folder_is_looked_into(tiny_text_model, tmp_path):
     assert check.access(tiny_text_model, offline=False)[0] == ("✓", f"model: {tiny_text_model}")
     assert check.access(str(tmp_path), offline=False)[0][0] == "✗"
