@@ -257,7 +257,8 @@ def find_tokenizer(model, online):
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
             )  # fmt: skip
             if made.returncode:
-                raise RunError(f"no tokenizer of {model} is here: " + made.stderr.strip().split("\n")[-1])
+                reason = made.stderr.strip().split("\n")[-1].removeprefix("download_model.ModelError: ")
+                raise RunError(f"no tokenizer of {model} is here, and {reason}")
             small = TOKENIZER_FOLDER
         return train_qlora.load_tokenizer(small), f"./{small}, the same as Gemma-3-4b's"
 

