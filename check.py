@@ -45,7 +45,6 @@ CHUNK = 4
 BANDS, HASHES = 12, 4
 MINORITY = 1 / 3  # a smaller share of rows with, or without, a call teaches "always", or "never"
 SPELT_ALIKE = 0.75  # difflib's ratio of two names: one letter in four may differ
-MOST_USED = 50  # spellings that the others are held against
 RARE = 10  # a spelling that another one, nearly the same, outnumbers so many times is a slip
 LATIN, CYRILLIC = "aceopxykABCEHKMOPTXY", "асеорхукАВСЕНКМОРТХУ"  # which look alike
 
@@ -54,11 +53,8 @@ TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa
 
 # Training's seconds: a micro-batch waits for its kernels to be launched one by one, whatever it holds, and
 # takes 6 operations a weight and token (forward, once more in the backward pass, and the gradient).
-LAUNCHING = {
-    4: 1.1,
-    8: 0.9,
-}  # seconds a micro-batch, its share of evaluating included; measured
-IMPORTS_AND_LOADING = {4: 33, 8: 30}  # seconds; both on an H100's host, 40 steps of 16 short rows
+LAUNCHING = {4: 1.1, 8: 0.9}  # seconds a micro-batch and its share of the evaluations
+IMPORTS_AND_LOADING = {4: 33, 8: 30}  # seconds; both measured with an H100, 40 steps of 16 short rows
 BUSY = 0.3  # of the published figure is what a card is taken to do of these products
 # Published dense bf16 tera-operations a second; the T4 computes in fp32, having no bf16.
 PUBLISHED = {"H100": 989, "A100": 312, "RTX 4090": 165, "L4": 121, "A10": 125, "RTX 3090": 71, "T4": 8.1}
@@ -194,12 +190,13 @@ def warn_of_calls(rows):
     for what, spellings in (("call's name", names), ("argument", keys)):
         for rare, lines in spellings.items():
             for usual, others in spellings.items():
-                alike = (
-                    difflib.SequenceMatcher(None, rare.casefold(), usual.casefold()).ratio() >= SPELT_ALIKE
-                )
-                if len(lines) * RARE <= len(others) and alike:
+                if len(lines) * RARE <= len(others) and spelt_alike(rare, usual):
                     text = f'the {what} is "{rare}", and "{usual}" in {len(others)} other places'
                     yield from ((line, "spelling", text) for line in lines)
+
+
+def spelt_alike(one, other):
+    return difflib.SequenceMatcher(None, one.casefold(), other.casefold()).ratio() >= SPELT_ALIKE
 
 
 def warn_of_balance(rows):
@@ -212,9 +209,7 @@ def warn_of_balance(rows):
 
 
 def show_warnings(path, rows, found):
-    texts = dict(
-        reversed([(line, row["messages"][0 if len(row["messages"]) < 3 else -2]) for line, row in rows])
-    )
+    texts = {line: row["messages"][-2] for line, row in reversed(rows)}  # of a line's first row
     shown = Counter()
     for line, kind, text in found:
         shown[kind] += 1
@@ -249,9 +244,7 @@ def find_tokenizer(model, online):
         small = next((f for f in (download_model.SMALL_FOLDER, TOKENIZER_FOLDER) if is_tokenizer(f)), None)
         if small is None:
             # In a process of its own: the reader of the package wants torch.
-            code = (
-                f"import sys, download_model; sys.exit(download_model.build_tokenizer({TOKENIZER_FOLDER!r}))"
-            )
+            code = f"import download_model; download_model.build_tokenizer({TOKENIZER_FOLDER!r})"
             made = subprocess.run(
                 [sys.executable, "-c", code], capture_output=True, text=True,
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
@@ -280,11 +273,10 @@ def count_tokens(rows, tokenizer):
 def pieces(row, tokenizer):
     """Returns [(text, trained, special), …], one for each token of a row, as training will see it."""
     batch = train_qlora.preprocess_function({"messages": [row["messages"]]}, tokenizer)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     texts = [token.replace("▁", " ") for token in tokenizer.convert_ids_to_tokens(ids)]
-    blank = {i for i, text in zip(ids, texts, strict=True) if not text.strip()}  # added too, in Gemma's
-    return [(t, label != -100, i in special - blank) for t, i, label in zip(texts, ids, labels, strict=True)]
+    # No text of a row holds a control token, so these are the template's.
+    return [(t, x != -100, t in chat_rows.CONTROL_TOKENS) for t, x in zip(texts, labels, strict=True)]
 
 
 def show_labels(rows, tokenizer):
@@ -334,13 +326,12 @@ def plan(rows, counts):
     plain = [row for _, row in rows]
     training, validation = train_qlora.split_rows(plain)
     calls = [train_qlora.is_call(row["messages"]) for row in plain]
-    steps_an_epoch = math.ceil(len(training) / train_qlora.ROWS_PER_STEP)
-    steps = steps_an_epoch * train_qlora.EPOCHS
-    micro, largest, several = 0, 0, False
+    steps, micro, largest, several = 0, 0, 0, False
     for epoch in range(train_qlora.EPOCHS):
         for step in train_qlora.steps_of(epoch + 1, training):
             batches = train_qlora.micro_batches([{"input_ids": range(counts[i][0])} for i in step])
             largest = max([largest, *(len(b) * max(len(e["input_ids"]) for e in b) for b in batches)])
+            steps += 1
             micro += len(batches)
             several |= len(batches) > 1
     numbers = {
@@ -396,7 +387,7 @@ def show_cost(d, numbers, price):
         size = memory_estimate.peak(
             d, bits, rank, numbers["largest"], numbers["trained_at_once"], numbers["several"]
         )
-        cards = [f"{card}" for card in CARDS if memory_estimate.fits(size, card)]
+        cards = [str(card) for card in CARDS if memory_estimate.fits(size, card)]
         takes = f"fits cards of {', '.join(cards)} GB" if cards else "fits none of the usual cards"
         print(f"memory     {bits} bits: {size / 2**30:.2f} GiB allocated at most; {takes}")
     print(f"time       from start to adapter, and its price at {price:g} an hour, without the download:")
@@ -415,9 +406,7 @@ def show_cost(d, numbers, price):
 def access(model, offline):
     """Returns [(mark, text), …]: mark is ✓, ✗ (with the cure) or – (not needed, or not known)."""
     lines = []
-    local = train_qlora.is_local(model)
-    download = 0
-    if local:
+    if train_qlora.is_local(model):
         missing = download_model.missing_files(model)
         cure = "; python download_model.py brings one"
         lines.append(
@@ -434,10 +423,9 @@ def access(model, offline):
             download = sum(file.size for file in files)
             lines += [token, ("✓", f"licence: accepted, {model} may be downloaded ({download / 1e9:.1f} GB)")]
         except download_model.ModelError as error:
-            mark = {"token": "token", "licence": "licence"}.get(error.about, "hub")
-            lines += [token] if mark != "token" else []
-            lines.append(("✗", f"{mark}: {error}"))
-            lines += [("–", "licence: not known before that")] if mark != "licence" else []
+            lines += [token] if error.about != "token" else []
+            lines.append(("✗", f"{error.about}: {error}"))
+            lines += [("–", "licence: not known before that")] if error.about != "licence" else []
     free = shutil.disk_usage(".").free
     weights = 2 * memory_estimate.GEMMA_3_4B_WEIGHTS  # bytes
     needed = 2 * weights + adapter_folder.DISK_NEEDED + download_model.RESERVE

@@ -30,13 +30,15 @@ def without_torch():
         yield
         return
     sys.modules["torch"] = None
-    verbosity = os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that it found none
+    quieted = "TRANSFORMERS_VERBOSITY" not in os.environ
+    if quieted:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # or it says on import that it found none
     try:
         yield
     finally:
         del sys.modules["torch"]
-        if verbosity == "error":
-            os.environ.pop("TRANSFORMERS_VERBOSITY", None)
+        if quieted:
+            del os.environ["TRANSFORMERS_VERBOSITY"]
 
 
 def gpu_dtype():

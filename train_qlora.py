@@ -426,7 +426,7 @@ def train(model, examples, training, validation, calls, tokenizer, args, state):
         optimizer = getattr(torch.optim, REHEARSAL_OPTIMIZER)(
             weights, lr=args.learning_rate, weight_decay=0.0
         )
-    steps = math.ceil(len(training) / ROWS_PER_STEP) * args.epochs
+    steps = len(steps_of(1, training)) * args.epochs
     warmup = warmup_steps(steps)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     history = {"steps": steps, "warmup_steps": warmup, "losses": [], "evaluations": [], "kept_step": steps}
