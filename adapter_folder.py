@@ -1,17 +1,21 @@
 """The folder that training leaves: adapter, tokenizer, run.json, loss.png; written whole, read with doubt."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
+import checkpoints
+import whole_files
 from chat_rows import printable
+from checkpoints import CONFIG, WEIGHTS
 from machine import RunError
 
-WEIGHTS = "adapter_model.safetensors"
+# What a base's tokenizer consists of; it goes along as it is.
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 COMPARISON = "compare.json"  # what compare.py leaves beside the adapter, for the merged model's card
 AGAIN = "train again: python train_qlora.py"
-DISK_NEEDED = 500e6  # bytes: adapter (120 MB on 4B), tokenizer (33 MB), plot; twice, and some room
+# Bytes, on 4B: three checkpoints and one being written, of 300 MB each, adapter (120), tokenizer (33), plot.
+DISK_NEEDED = 1.5e9
 
 
 def plot(history, path):
@@ -44,78 +48,100 @@ def plot(history, path):
 
 
 def check(output):
-    """Raises RunError if the output folder cannot be written, or holds something that is not an adapter's."""
+    """Raises RunError if the output folder cannot be written, or holds something that is not a run's."""
     output = Path(output)
-    if output.exists() and not (output / "adapter_config.json").is_file() and not is_empty_folder(output):
+    ours = is_finished(output) or (output / checkpoints.FOLDER).is_dir()
+    if output.exists() and not ours and not whole_files.is_empty_folder(output):
         raise RunError(f"{output} is there and holds no adapter; name another folder with --output")
-    parent = check_parent(output)
-    free = shutil.disk_usage(parent).free
+    parent = whole_files.check_parent(output)
+    free = shutil.disk_usage(output if ours else parent).free
     if free < DISK_NEEDED:
         raise RunError(
-            f"{parent} has {free / 1e9:.2f} GB of free disk, the adapter may need {DISK_NEEDED / 1e9:.1f}; "
+            f"{parent} has {free / 1e9:.2f} GB of free disk, the run may need {DISK_NEEDED / 1e9:.1f}; "
             "free some, or name a folder on another disk with --output"
         )
 
 
-def check_parent(output):
-    """Returns the folder that `output` is to stand in; raises RunError if it cannot be written to."""
-    parent = Path(output).absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RunError(f"{parent} cannot be written to; name another folder with --output")
-    return parent
+def is_finished(output):
+    return Path(output, CONFIG).is_file()
 
 
-def is_empty_folder(path):
-    return path.is_dir() and not any(path.iterdir())
+def make_room(output):
+    """Makes the folder ready for a new run: what is left of an unfinished one is removed.
 
-
-def write(output, model, tokenizer, run):
-    """Writes adapter, tokenizer, plot and run.json aside, reads the adapter back, and moves all into place.
-
-    An earlier adapter of the same name is kept as output.1, output.2, …; returns its new path, or None.
-    Raises RunError if a LoRA weight read back differs from the trained one, or an expected lora_B is zero.
+    A finished adapter is kept as output.1, output.2, …, without its checkpoints; returns that path, or None.
     """
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
-
     output = Path(output)
-    aside = output.with_name(output.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, safe_serialization=True, save_embedding_layers=False)
-    (aside / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form that nobody filled in
-    tokenizer.save_pretrained(aside)
-    (aside / "run.json").write_text(json.dumps(run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    plot(run, aside / "loss.png")
-
-    read_back = load_file(aside / WEIGHTS)
-    trained = get_peft_model_state_dict(model)
-    targets = [name for name, module in model.named_modules() if hasattr(module, "lora_B")]
-    if set(read_back) != set(trained) or sum("lora_B" in name for name in read_back) != len(targets):
-        raise RunError(f"{aside}: the adapter read back lacks weights; free the disk and run again")
-    for name, tensor in read_back.items():
-        if not torch.equal(tensor, trained[name].cpu()):
-            raise RunError(f"{aside}: {name} read back differs from what was trained; check the disk")
-        if "lora_B" in name and not tensor.any():
-            raise RunError(f"{aside}: {name} is all zeros, nothing was learned there; train for more steps")
-
     earlier = None
-    if output.exists() and not is_empty_folder(output):
+    if is_finished(output):
         number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.{n}").exists())
         earlier = output.rename(output.with_name(f"{output.name}.{number}"))
-    aside.replace(output)
+        shutil.rmtree(earlier / checkpoints.FOLDER, ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)
+    (output / checkpoints.FOLDER).mkdir(parents=True)
     return earlier
 
 
-def write_json(path, value):
-    """Writes a JSON file aside and renames it into place; raises RunError if it cannot be written."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
+def remove_if_empty(output):
+    """Removes the folder of a run that left nothing."""
+    for path in (Path(output, checkpoints.FOLDER), Path(output)):
+        if whole_files.is_empty_folder(path):
+            path.rmdir()
+
+
+def tokenizer_files(base):
+    return [path for path in Path(base).iterdir() if any(path.match(pattern) for pattern in TOKENIZER)]
+
+
+def size(model, base):
+    """Returns how many bytes `write` takes, about."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return weights + sum(path.stat().st_size for path in tokenizer_files(base)) + 1e6
+
+
+def write(output, model, base, run):
+    """Writes adapter, tokenizer, plot and run.json aside, reads the adapter back, and moves all into place.
+
+    The adapter's config comes last: without it, no folder holds an adapter. `base` is the folder of the base.
+    Raises OSError if it cannot be written, RunError if a LoRA weight read back differs from the trained one,
+    or an expected lora_B is zero.
+    """
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load
+
+    output = Path(output)
+    part = output / "adapter.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
     try:
-        aside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); name another file") from error
+        trained = get_peft_model_state_dict(model)
+        (part / WEIGHTS).write_bytes(checkpoints.serialised(trained))
+        checkpoints.write_config(model.peft_config["default"], part)
+        for path in tokenizer_files(base):
+            shutil.copyfile(path, part / path.name)
+        text = json.dumps(run, ensure_ascii=False, indent=1) + "\n"
+        (part / "run.json").write_text(text, encoding="utf-8")
+        plot(run, part / "loss.png")
+        whole_files.sync(part)
+
+        read_back = load((part / WEIGHTS).read_bytes())
+        targets = [name for name, module in model.named_modules() if hasattr(module, "lora_B")]
+        if set(read_back) != set(trained) or sum("lora_B" in name for name in read_back) != len(targets):
+            raise RunError(f"{part}: the adapter read back lacks weights; free the disk and run again")
+        for name, tensor in read_back.items():
+            if not tensor.isfinite().all():
+                raise RunError(f"{part}: {name} is not finite; train with a lower --learning-rate")
+            if not torch.equal(tensor, trained[name].cpu()):
+                raise RunError(f"{part}: {name} read back differs from what was trained; check the disk")
+            if "lora_B" in name and not tensor.any():
+                raise RunError(
+                    f"{part}: {name} is all zeros, nothing was learned there; train for more steps"
+                )
+        for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
+            whole_files.rename(path, output / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def read_settings(folder):
@@ -128,15 +154,17 @@ def read_settings(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{folder} is not there; train an adapter first: python train_qlora.py")
-    if not (folder / "adapter_config.json").is_file():
-        raise RunError(f"{folder} holds no adapter (adapter_config.json is missing); {AGAIN}")
-    config = read_json(folder / "adapter_config.json")
+    if not is_finished(folder):
+        if checkpoints.places(folder):
+            raise RunError(f"{folder} holds an unfinished run; go on: python train_qlora.py --resume")
+        raise RunError(f"{folder} holds no adapter ({CONFIG} is missing); {AGAIN}")
+    config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         method = printable(str(config.get("peft_type")))
         raise RunError(f"{folder} was made by the method {method}, not by LoRA; {AGAIN}")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise RunError(f"{folder}/adapter_config.json names no base model; {AGAIN}")
+        raise RunError(f"{folder}/{CONFIG} names no base model; {AGAIN}")
     if not (folder / WEIGHTS).is_file():
         pickle = (folder / "adapter_model.bin").is_file()
         reason = "only a pickle, which is never read: it may run any code" if pickle else f"no {WEIGHTS}"
@@ -187,7 +215,7 @@ def check_weights(folder, base, revision):
             expected = get_peft_model_state_dict(get_peft_model(model, config))
     except (ValueError, TypeError, KeyError) as error:
         reason = printable(str(error), 100)
-        raise RunError(f"{folder}/adapter_config.json does not fit {base} ({reason}); {AGAIN}") from error
+        raise RunError(f"{folder}/{CONFIG} does not fit {base} ({reason}); {AGAIN}") from error
     with safe_open(Path(folder) / WEIGHTS, "pt") as file:
         found = set(file.keys())
         if extra := sorted(found - set(expected)):
@@ -200,7 +228,7 @@ def check_weights(folder, base, revision):
                 widths = f"{shape[1 - rank]} wide, in {base} {wanted[1 - rank]}"
                 raise RunError(f"{other}: {name} is {widths}; {AGAIN}")
             if shape != wanted:
-                ranks = f"rank {shape[rank]}, adapter_config.json says {wanted[rank]}"
+                ranks = f"rank {shape[rank]}, {CONFIG} says {wanted[rank]}"
                 raise RunError(f"{damaged}: {name} has {ranks}; {AGAIN}")
         if missing := sorted(set(expected) - found):
             raise RunError(f"{damaged}: {missing[0]} and {len(missing) - 1} more are missing; {AGAIN}")

@@ -236,7 +236,7 @@ def find_tokenizer(model, online):
         logging.set_verbosity_error()
         if is_tokenizer(model):
             return train_qlora.load_tokenizer(model), model
-        if not train_qlora.is_local(model):
+        if not download_model.is_local(model):
             try:
                 return train_qlora.load_tokenizer(model, local_files_only=not online), model
             except (OSError, ValueError):
@@ -406,7 +406,7 @@ def show_cost(d, numbers, price):
 def access(model, offline):
     """Returns [(mark, text), …]: mark is ✓, ✗ (with the cure) or – (not needed, or not known)."""
     lines = []
-    if train_qlora.is_local(model):
+    if download_model.is_local(model):
         missing = download_model.missing_files(model)
         cure = "; python download_model.py brings one"
         lines.append(
@@ -449,7 +449,7 @@ def parse_arguments(arguments=None):
         return text if text == "all" else [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description="Check rows, labels, plan, cost and access before training.")
-    base = train_qlora.default_model()
+    base = download_model.default_model()
     parser.add_argument("--data", default=train_qlora.DATA_PATH, help="chat rows (default: %(default)s)")
     parser.add_argument("--model", default=base, help="folder or hub name of the base (default: %(default)s)")
     parser.add_argument("--gpu-price", type=price, default=GPU_PRICE, help="an hour (default: %(default)s)")

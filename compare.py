@@ -23,6 +23,7 @@ import download_model
 import machine
 import tool_call
 import train_qlora
+import whole_files
 from machine import RunError
 
 HELD_OUT = "heldout.json"
@@ -67,7 +68,7 @@ def load(adapter, bits):
 
     gpu = torch.cuda.is_available()
     base = config["base_model_name_or_path"]
-    folder, revision = train_qlora.find_model(base, rehearse=not gpu)
+    folder, revision = download_model.find_model(base, rehearse=not gpu)
     adapter_folder.check_weights(adapter, folder, revision)
     device, dtype = ("cuda:0", machine.gpu_dtype()) if gpu else ("cpu", torch.float32)
     if gpu and bits is None:
@@ -392,7 +393,7 @@ def run(args):
         "peak_memory_gib": memory,
     }
     for path in filter(None, [Path(args.adapter, adapter_folder.COMPARISON), args.json]):
-        adapter_folder.write_json(path, report)
+        whole_files.write_json(path, report)
     print(f"\nmemory     {machine.told(memory)}")
     print(f"time       {seconds['loading']} s imports and loading, {seconds['answering']} s answering")
     print(f"verdict    tuned passes {passed} of {n} probes")

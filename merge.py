@@ -15,6 +15,7 @@ import compare
 import download_model
 import machine
 import train_qlora
+import whole_files
 from machine import RunError
 
 SHARD_SIZE = "5GB"
@@ -42,12 +43,12 @@ def check_output(output, base, adapter, overwrite):
     shutil.rmtree(earlier, ignore_errors=True)
     if output.resolve() in (Path(base).resolve(), Path(adapter).resolve()):
         raise RunError(f"{output} is the base or the adapter itself; name another folder with --output")
-    if output.exists() and not adapter_folder.is_empty_folder(output):
+    if output.exists() and not whole_files.is_empty_folder(output):
         if not overwrite:
             raise RunError(f"{output} is there; add --overwrite, or name another folder with --output")
         if not output.is_dir() or download_model.missing_files(output):
             raise RunError(f"{output} is there and is no model; name another folder with --output")
-    adapter_folder.check_parent(output)
+    whole_files.check_parent(output)
 
 
 def choose_device(weights, parent):
@@ -275,7 +276,7 @@ def run(args):
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    folder, revision = train_qlora.find_model(base, rehearse=not torch.cuda.is_available())
+    folder, revision = download_model.find_model(base, rehearse=not torch.cuda.is_available())
     adapter_folder.check_weights(args.adapter, folder, revision)
     print(f"merging    {args.adapter} into {chat_rows.printable(base)}")
     device = choose_device(download_model.weight_bytes(folder), output.absolute().parent)

@@ -2,6 +2,7 @@
 
     python train_qlora.py               on a CUDA GPU
     python train_qlora.py --rehearse    the same on the CPU with the small Gemma 3 (270M)
+    python train_qlora.py --resume      goes on where a run was stopped, by whatever it was
 
 torch and the libraries around it are imported by the functions that need them: a mistake in the rows or
 in a flag is then told at once, not after ten seconds of imports.
@@ -13,15 +14,20 @@ import json
 import math
 import os
 import random
+import shlex
+import shutil
+import signal
 import sys
 import time
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 import adapter_folder
 import chat_rows
+import checkpoints
 import download_model
 import machine
+import whole_files
 from machine import RunError
 
 # The recipe; the constants are the article's unless a comment says otherwise.
@@ -41,8 +47,10 @@ VALIDATION_SHARE = 0.1
 SEED = 42
 MAX_TOKENS = 2048  # a row's; a longer row is an error, never cut
 
+EXPLODED = 1.5  # ours: a loss so many times that of guessing evenly, or of the first step, ends the run
+
 # What decides memory and speed, and changes no result.
-TOKENS_PER_MICRO_BATCH = 2048  # rows × longest row; 16 short rows, or one of MAX_TOKENS, at once
+TOKENS_PER_MICRO_BATCH = 2048  # rows × longest row; halved where the GPU's memory is full
 LOGITS_AT_ONCE = 128  # trained tokens, with checkpointing; 262,208 logits each, the largest tensor of all
 
 # What differs in the rehearsal, and why.
@@ -192,8 +200,8 @@ def warmup_steps(steps):
     return min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
 
 
-def micro_batches(examples, processes=1, process=0):
-    """Cuts a step's examples into this process's micro-batches of at most TOKENS_PER_MICRO_BATCH tokens.
+def micro_batches(examples, processes=1, process=0, tokens=None):
+    """Cuts a step's examples into this process's micro-batches of `tokens` at most (TOKENS_PER_MICRO_BATCH).
 
     Sorted by length, so that little is padded; dealt out in turn, so that processes get equal work.
     """
@@ -202,7 +210,7 @@ def micro_batches(examples, processes=1, process=0):
         return len(example["input_ids"])
 
     ordered = sorted(examples, key=length, reverse=True)[process::processes]
-    return pack(ordered, length, TOKENS_PER_MICRO_BATCH)
+    return pack(ordered, length, tokens or TOKENS_PER_MICRO_BATCH)
 
 
 def pad(examples, pad_id, device):
@@ -344,8 +352,9 @@ def trained_tokens(examples):
     return sum(label != -100 for e in examples for label in e["labels"][1:])
 
 
-def add_gradients(model, examples, pad_id, state):
-    """Adds the gradient of a step's mean loss to the LoRA weights, and returns that loss.
+def add_gradients(model, examples, pad_id, state, tokens=None):
+    """Adds this process's part of the gradient of a step's mean loss to the LoRA weights, and returns the
+    same part of that loss, as a tensor.
 
     The loss is summed and divided by the trained tokens of the whole step, so micro-batches and processes
     of any size give the same gradient.
@@ -354,22 +363,56 @@ def add_gradients(model, examples, pad_id, state):
 
     total = trained_tokens(examples)
     loss = torch.zeros((), device=state.device)
-    for batch in micro_batches(examples, state.num_processes, state.process_index):
+    for batch in micro_batches(examples, state.num_processes, state.process_index, tokens):
         part = losses_and_guesses(model, pad(batch, pad_id, state.device))[0] / total
         part.backward()
         loss += part.detach()
+    return loss
+
+
+def add_up(loss, weights, state):
+    """Adds up what the processes have of a step's loss and gradients; returns the loss as a number."""
+    import torch
+
     if state.num_processes > 1:
         torch.distributed.all_reduce(loss)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:  # this process had no row in the step
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+        for weight in weights:
+            if weight.grad is None:  # this process had no row in the step
+                weight.grad = torch.zeros_like(weight)
+            torch.distributed.all_reduce(weight.grad)
     return loss.item()
 
 
-def evaluate(model, examples, calls, call_token, pad_id, state):
-    """Returns the mean loss of the examples' trained tokens, and how many rows are decided right.
+def within_memory(work, examples, state, tokens):
+    """Returns (work(tokens), tokens); where the GPU's memory is full, halves `tokens` and does it again.
+
+    Raises RunError where a micro-batch of one row is too large.
+    """
+    import torch
+
+    while True:
+        try:
+            return work(tokens), tokens
+        except torch.OutOfMemoryError as error:
+            reason = chat_rows.printable(str(error), 150)
+        # Not within `except`: there the error would hold on to all that the work had in memory.
+        if state.device.type == "cuda":
+            torch.cuda.empty_cache()
+        batches = micro_batches(examples, state.num_processes, state.process_index, tokens)
+        sizes = [len(batch) * max(len(e["input_ids"]) for e in batch) for batch in batches]
+        several = [size for size, batch in zip(sizes, batches, strict=True) if len(batch) > 1]
+        if not several:
+            raise RunError(
+                f"the GPU's memory is full with one row of {max(sizes)} tokens ({reason}); train with "
+                "--bits 4, close what else runs on it (nvidia-smi), shorten that row, or take a larger GPU"
+            )
+        tokens = max(several) // 2
+        say(f"memory     full with {max(sizes)} tokens at a time; the same again with {tokens} at most")
+
+
+def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, asked=()):
+    """Returns the mean loss of the examples' trained tokens, and how many rows are decided right; None if the
+    run is asked to stop meanwhile.
 
     A call row is decided right if every token of its last answer is the most likely one, a general row if
     its last answer's first token is not a call's. Read from the logits of the loss, without generating.
@@ -381,7 +424,10 @@ def evaluate(model, examples, calls, call_token, pad_id, state):
     examples = [{**example, "is_call": call} for example, call in zip(examples, calls, strict=True)]
     sums = torch.zeros(2, dtype=torch.float64, device=state.device)
     with torch.no_grad():
-        for batch in micro_batches(examples, state.num_processes, state.process_index):
+        for batch in micro_batches(examples, state.num_processes, state.process_index, tokens):
+            if asked and state.num_processes == 1:  # several would wait for one another
+                model.train(was_training)
+                return None
             loss, guesses = losses_and_guesses(model, pad(batch, pad_id, state.device))
             sums[0] += loss
             guesses = iter(guesses.tolist())
@@ -406,73 +452,152 @@ def answer_span(labels):
     return slice(start, end)
 
 
-def train(model, examples, training, validation, calls, tokenizer, args, state):
+def make_optimizer(weights, learning_rate, steps, device):
+    """Returns (optimizer, schedule)."""
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+
+    if device.type == "cuda":
+        import bitsandbytes
+
+        kind = bitsandbytes.optim.PagedAdamW8bit
+    else:
+        kind = getattr(torch.optim, REHEARSAL_OPTIMIZER)
+    optimizer = kind(weights, lr=learning_rate, weight_decay=0.0)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps(steps), steps)
+
+
+def check_loss(what, loss, limit, step, learning_rate, checkpoint):
+    """Raises RunError if what a step gave, a loss or the norm of a gradient, is not finite or over `limit`.
+
+    checkpoint: the folder of the last one, or None.
+    """
+    if math.isfinite(loss) and loss <= limit:
+        return
+    cause = f"the learning rate {learning_rate:g} is too high"
+    cure = f"start afresh with --overwrite --learning-rate {learning_rate / 10:g}"
+    if step == 1:
+        cause, cure = "the base model's weights are damaged", "fetch them anew"
+    kept = f"the last checkpoint before it is {checkpoint}" if checkpoint else "no checkpoint was written yet"
+    problem = "explodes" if math.isfinite(loss) else "is not finite"
+    raise RunError(f"step {step}: the {what} ({loss:.4g}) {problem}; most likely {cause}: {cure}; {kept}")
+
+
+def any_asked(asked, state):
+    """Whether any of the processes was asked to stop."""
+    if state.num_processes == 1:
+        return bool(asked)
+    import torch
+
+    flag = torch.tensor(float(bool(asked)), device=state.device)
+    torch.distributed.all_reduce(flag)
+    return flag.item() > 0
+
+
+def train(
+    model, examples, training, validation, calls, tokenizer, args, state, found=None, save=None, asked=()
+):
     """Trains the LoRA weights and leaves those in the model that decided most validation rows right.
 
-    Returns what happened: steps, losses by step, evaluations by epoch, the kept step.
+    found: a checkpoint to go on from, as checkpoints.newest gives it.
+    save(history, adapter, best, states): writes a checkpoint and returns its folder, or None; called after
+    each epoch, and before stopping as soon as `asked` has anything in it.
+
+    Returns what happened: steps, losses by step, evaluations by epoch, the kept step; None if it was stopped.
     """
     import torch
+    from peft import get_peft_model_state_dict
     from tqdm import tqdm
-    from transformers import get_cosine_schedule_with_warmup
 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     call_token = tokenizer(CALL_START, add_special_tokens=False)["input_ids"][0]
+    guessing = math.log(len(tokenizer))  # the loss of one that knows nothing, in nats
+    held_out, held_out_calls = [examples[i] for i in validation], [calls[i] for i in validation]
+    adapter = get_peft_model_state_dict(model)  # the weights themselves, by name
     weights = [p for p in model.parameters() if p.requires_grad]
-    if state.device.type == "cuda":
-        import bitsandbytes
-
-        optimizer = bitsandbytes.optim.PagedAdamW8bit(weights, lr=args.learning_rate, weight_decay=0.0)
-    else:
-        optimizer = getattr(torch.optim, REHEARSAL_OPTIMIZER)(
-            weights, lr=args.learning_rate, weight_decay=0.0
-        )
-    steps = len(steps_of(1, training)) * args.epochs
-    warmup = warmup_steps(steps)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-    history = {"steps": steps, "warmup_steps": warmup, "losses": [], "evaluations": [], "kept_step": steps}
-    best = None
-    model.train()
+    per_epoch = len(steps_of(1, training))
+    steps = per_epoch * args.epochs
+    optimizer, schedule = make_optimizer(weights, args.learning_rate, steps, state.device)
+    history = {"steps": steps, "warmup_steps": warmup_steps(steps), "kept_step": steps}
+    history |= {"losses": [], "evaluations": [], "resumed_at": [], "seconds": 0.0}
+    best = checkpoint = None
+    if found:
+        history, best = checkpoints.restore(found, adapter, optimizer, schedule)
+        history["resumed_at"].append(len(history["losses"]))
+    losses, evaluations = history["losses"], history["evaluations"]
+    done, seconds, started = len(losses), history["seconds"], time.perf_counter()
+    tokens, step = TOKENS_PER_MICRO_BATCH, 0
     bar = tqdm(
-        total=steps, desc="training", unit="step", disable=not state.is_main_process, dynamic_ncols=True
-    )
+        total=steps, initial=done, desc="training", unit="step", disable=not state.is_main_process,
+        dynamic_ncols=True,
+    )  # fmt: skip
+
+    def keep():
+        if save is None:
+            return None
+        history["seconds"] = round(seconds + time.perf_counter() - started, 1)
+        states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        return save(history, adapter, best if history["kept_step"] != step else None, states) or checkpoint
+
+    def check(what, value, limit):
+        check_loss(what, value, limit, step, args.learning_rate, checkpoint)
+
+    def gradients(tokens):
+        optimizer.zero_grad()  # of a try that found the memory full
+        # A step's dropout depends on nothing that came before it, an evaluation least of all.
+        torch.manual_seed(SEED + step * state.num_processes + state.process_index)
+        return add_gradients(model, rows, pad_id, state, tokens)
+
+    def evaluation(tokens):
+        return evaluate(model, held_out, held_out_calls, call_token, pad_id, state, tokens, asked)
+
+    model.train()
     with bar:
         for epoch in range(1, args.epochs + 1):
             for numbers in steps_of(epoch, training):
-                step = len(history["losses"]) + 1
-                # A step's dropout depends on nothing that came before it, an evaluation least of all.
-                torch.manual_seed(SEED + step * state.num_processes + state.process_index)
-                loss = add_gradients(model, [examples[i] for i in numbers], pad_id, state)
-                norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
-                if not math.isfinite(loss) or not torch.isfinite(norm):
-                    raise RunError(
-                        f"step {step}: the loss ({loss}) or its gradient ({norm:.3g}) is not finite, no "
-                        "adapter was written; most likely the learning rate "
-                        f"{args.learning_rate:g} is too high: try --learning-rate {args.learning_rate / 10:g}"
-                    )
+                step += 1
+                if step <= done:
+                    continue
+                rows = [examples[i] for i in numbers]
+                loss, tokens = within_memory(gradients, rows, state, tokens)
+                loss = add_up(loss, weights, state)
+                norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM).item()
+                check("loss", loss, EXPLODED * max([guessing, *losses[:1]]))
+                check("gradient", norm, math.inf)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-                history["losses"].append(loss)
+                losses.append(loss)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
-            line = f"epoch {epoch:>2}/{args.epochs}  step {step:>3}  training loss {loss:.3f}"
+                if step % per_epoch and any_asked(asked, state):
+                    keep()
+                    return None
+            over = len(evaluations) >= epoch if validation else step <= done
+            if over:  # before the run was stopped
+                continue
+            line = f"epoch {epoch:>2}/{args.epochs}  step {step:>3}  training loss {losses[-1]:.3f}"
             if validation:
-                held_out = [examples[i] for i in validation]
-                loss, right = evaluate(
-                    model, held_out, [calls[i] for i in validation], call_token, pad_id, state
-                )
-                history["evaluations"].append({"epoch": epoch, "step": step, "loss": loss, "right": right})
+                result, tokens = within_memory(evaluation, held_out, state, tokens)
+                if result is None:
+                    keep()
+                    return None
+                loss, right = result
+                check("validation loss", loss, EXPLODED * max(guessing, losses[0]))
                 line += f"  validation loss {loss:.3f}  decided right {right}/{len(validation)}"
-                if best is None or (-right, loss) < best[0]:
-                    best = (-right, loss), [w.detach().to("cpu", copy=True) for w in weights]
+                if all((-right, loss) < (-e["right"], e["loss"]) for e in evaluations):
+                    best = {name: weight.detach().to("cpu", copy=True) for name, weight in adapter.items()}
                     history["kept_step"] = step
-            if state.is_main_process:
-                bar.write(line, file=sys.stdout)
-                sys.stdout.flush()
+                evaluations.append({"epoch": epoch, "step": step, "loss": loss, "right": right})
+            say(line)
+            checkpoint = keep()
+            if epoch < args.epochs and any_asked(asked, state):
+                return None
     if best:
         with torch.no_grad():
-            for weight, kept in zip(weights, best[1], strict=True):
-                weight.copy_(kept)
+            for name, weight in adapter.items():
+                weight.copy_(best[name])
+    history["seconds"] = round(seconds + time.perf_counter() - started, 1)
     return history
 
 
@@ -490,8 +615,8 @@ def parse_arguments():
         parse.__name__ = f"positive {kind.__name__}"
         return parse
 
-    base = default_model()
-    parser = argparse.ArgumentParser(description="Tune Gemma 3 with QLoRA on chat rows.")
+    base = download_model.default_model()
+    parser = argparse.ArgumentParser(description="Tune Gemma 3 with QLoRA on chat rows.", allow_abbrev=False)
     parser.add_argument("--model", help=f"folder or hub name of the base model (default: {base})")
     parser.add_argument("--data", default=DATA_PATH, help="chat rows (default: %(default)s)")
     parser.add_argument("--output", default=OUTPUT_DIR, help="folder for the adapter (default: %(default)s)")
@@ -509,36 +634,17 @@ def parse_arguments():
         action="store_true",
         help=f"train on the CPU, by default the small Gemma 3 in ./{download_model.SMALL_FOLDER}",
     )
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in the output folder"
+    )
+    choice.add_argument(
+        "--overwrite", action="store_true", help="start afresh where the output folder has an unfinished run"
+    )
     args = parser.parse_args()
     args.model = args.model or (f"./{download_model.SMALL_FOLDER}" if args.rehearse else base)
     args.learning_rate = args.learning_rate or (REHEARSAL_LEARNING_RATE if args.rehearse else LEARNING_RATE)
     return args
-
-
-def default_model():
-    local = f"./{download_model.BASE_FOLDER}"
-    return local if Path(local).exists() else download_model.BASE_MODEL
-
-
-def is_local(model):
-    """Whether a model is named by its folder, and not by its name on the hub."""
-    return Path(model).exists() or model.startswith((".", "/", "~"))
-
-
-def find_model(model, rehearse):
-    """Returns (folder, revision) of a base model: as it lies there, made on the spot, or fetched."""
-    small = rehearse and Path(model) == Path(download_model.SMALL_FOLDER)
-    if small and not Path(model).exists():
-        download_model.build_small(model)
-    if not is_local(model):
-        folder = download_model.fetch(model)
-        return folder, download_model.revision(folder)
-    missing = download_model.missing_files(model)
-    if missing:
-        raise RunError(
-            f"{model} is no complete model ({missing[0]} is missing); python download_model.py brings one"
-        )
-    return model, download_model.revision(model)
 
 
 def load_tokenizer(model, **kwargs):
@@ -560,11 +666,11 @@ def main():
     try:
         run(args)
     except (RunError, chat_rows.DataError, download_model.ModelError) as error:
-        if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        if is_main():
             print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nstopped; no adapter was written", file=sys.stderr)
+        print("\nstopped before training began", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:  # torch, and so the name of its error, may not be imported here
         if type(error).__name__ != "OutOfMemoryError":
@@ -577,18 +683,37 @@ def main():
 
 def run(args):
     rows = load_data(args.data)
+    adapter_folder.check(args.output)
+    with whole_files.only_writer(args.output) if is_main() else nullcontext():
+        if args.resume and adapter_folder.is_finished(args.output):
+            say(f"finished   the run in {args.output} is done: there is nothing to resume")
+            say(f"next       {next_command(args)}")
+            return
+        try:
+            tune(args, rows)
+        finally:
+            if is_main():
+                adapter_folder.remove_if_empty(args.output)
+
+
+def tune(args, rows):
+    facts = {
+        "format": checkpoints.FORMAT,
+        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
+        "settings": settings(args),
+    }
+    found = find_checkpoint(args, facts)
     calls = [is_call(row["messages"]) for row in rows]
     training, validation = split_rows(rows)
-    adapter_folder.check(args.output)
 
     import torch
     from accelerate import PartialState
 
     machine.quiet_libraries()
+    machine.make_products_repeatable()
     dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else machine.gpu_dtype()
     state = PartialState(cpu=args.rehearse)
     machine.check_product(args.bits, state.device, dtype)
-    say = partial(print, flush=True) if state.is_main_process else lambda *_: None
     say(f"rows       {len(rows)} of {args.data}: {sum(calls)} with a call, {len(rows) - sum(calls)} without")
     for mark, text in machine.check_memory():
         if mark == "✗":
@@ -597,9 +722,13 @@ def run(args):
         say("           too few to hold 10 % out: all are trained on, and the last step's adapter is kept")
 
     with state.main_process_first():
-        folder, revision = find_model(args.model, args.rehearse)
+        folder, revision = download_model.find_model(args.model, args.rehearse)
     tokenizer = load_tokenizer(folder)
     examples = tokenise_rows(args.data, rows, tokenizer)
+    facts["model_sha256"] = download_model.fingerprint(folder)
+    facts["tokens_sha256"] = fingerprint_of_tokens(examples)
+    if found:
+        check_unchanged(args, found[0], facts)
     lengths = [len(ids) for ids in examples["input_ids"]]
     tokens, trained = sum(lengths), trained_tokens(examples)
     say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
@@ -608,52 +737,155 @@ def run(args):
     started = time.perf_counter()
     torch.manual_seed(SEED)  # LoRA's first weights
     model = add_lora(load_model(folder, args.bits, state.device, dtype))
+    model.peft_config["default"].base_model_name_or_path = args.model
     if not args.rehearse or REHEARSAL_CHECKPOINTING:
         checkpoint_layers(model)
     loaded = time.perf_counter()
-    if state.is_main_process:
+    if is_main():
         model.print_trainable_parameters()
     say(f"training   {len(training)} rows, {ROWS_PER_STEP} a step; {len(validation)} rows for validation")
-    history = train(model, examples, training, validation, calls, tokenizer, args, state)
-    trained_at = time.perf_counter()
-    state.destroy_process_group()
-    if not state.is_main_process:
-        return
-    seconds = {"loading": round(loaded - started, 1), "training": round(trained_at - loaded, 1)}
-    memory = machine.peak_memory(state.device)
-    trainable, all_parameters = model.get_nb_trainable_parameters()
-    record = {
-        "model": args.model,
-        "revision": revision,
-        "bits": args.bits,
-        "data": args.data,
-        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
-        "prompts_sha256": sorted(
-            {fingerprint for row in rows for fingerprint in fingerprints(row["messages"])}
-        ),
-        "rows": {"all": len(rows), "training": len(training), "validation": len(validation)},
-        "tokens": tokens,
-        "trained_tokens": trained,
-        "settings": {**vars(args), **recipe()},
-        "compute_dtype": str(dtype).removeprefix("torch."),
-        "processes": state.num_processes,
-        "device": machine.device_name(state.device),
-        "versions": machine.versions(),
-        "trainable_parameters": trainable,
-        "all_parameters": all_parameters,
-        **history,
-        "seconds": seconds,
-        "peak_memory_gib": memory,
-    }
-    model.peft_config["default"].base_model_name_or_path = args.model
-    earlier = adapter_folder.write(args.output, model, tokenizer, record)
+    if found:
+        say(f"resumed    after step {found[0]['step']} of {found[0]['history']['steps']}")
+    elif is_main() and (earlier := adapter_folder.make_room(args.output)):
+        say(f"earlier    the adapter that was in {args.output} is now in {earlier}")
+
+    def save(history, adapter, best, states):
+        if not is_main():
+            return None
+        now = {**facts, "step": len(history["losses"]), "history": history}
+        config = model.peft_config["default"]
+        try:
+            return checkpoints.write(args.output, config, adapter, best, states, now)
+        except OSError as error:
+            reason = f"could not be written ({error.strerror})"
+            say(f"warning    the checkpoint of step {now['step']} {reason}; training goes on without it")
+            return None
+
+    with whole_files.asked_to_stop() as asked:
+        try:
+            history = train(
+                *(model, examples, training, validation, calls, tokenizer, args, state),
+                *(found, save, asked),
+            )
+        except Exception as error:
+            if is_main() and checkpoints.places(args.output) and not isinstance(error, RunError):
+                print(f"the checkpoints are kept; go on with: {command(args)}", file=sys.stderr)
+            raise
+        state.destroy_process_group()
+        if history is None:
+            stop(args, asked)
+        if not is_main():
+            return
+        seconds = {"loading": round(loaded - started, 1), "training": history.pop("seconds")}
+        memory = machine.peak_memory(state.device)
+        trainable, all_parameters = model.get_nb_trainable_parameters()
+        record = {
+            "model": args.model,
+            "revision": revision,
+            "bits": args.bits,
+            "data": args.data,
+            "data_sha256": facts["data_sha256"],
+            "prompts_sha256": sorted(
+                {fingerprint for row in rows for fingerprint in fingerprints(row["messages"])}
+            ),
+            "rows": {"all": len(rows), "training": len(training), "validation": len(validation)},
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "settings": {"model": args.model, "data": args.data, "output": args.output, **facts["settings"]},
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "processes": state.num_processes,
+            "device": machine.device_name(state.device),
+            "versions": machine.versions(),
+            "trainable_parameters": trainable,
+            "all_parameters": all_parameters,
+            **history,
+            "seconds": seconds,
+            "peak_memory_gib": memory,
+        }
+        try:
+            adapter_folder.write(args.output, model, folder, record)
+        except OSError as error:
+            raise RunError(
+                f"{args.output}: the adapter could not be written ({error.strerror}); it takes "
+                f"{adapter_folder.size(model, folder) / 1e6:.0f} MB, and "
+                f"{shutil.disk_usage(args.output).free / 1e6:.0f} MB are free; free some, then go on with: "
+                + command(args)
+            ) from error
     say(f"memory     {machine.told(memory)}")
     say(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
-    if earlier:
-        say(f"earlier    the adapter that was in {args.output} is now in {earlier}")
     say(f"adapter    {args.output}, of step {history['kept_step']}; its curves: {args.output}/loss.png")
-    adapter = "" if args.output == OUTPUT_DIR else f" --adapter {args.output}"
-    say(f"next       python compare.py --bits {args.bits}{adapter}")
+    say(f"next       {next_command(args)}")
+
+
+def find_checkpoint(args, facts):
+    """Returns the checkpoint to go on from, None to start afresh; raises RunError if neither may be done."""
+    if args.resume:
+        if found := checkpoints.newest(args.output, say):
+            check_unchanged(args, found[0], facts)
+            return found
+        damaged = " --overwrite" if checkpoints.places(args.output) else ""
+        raise RunError(f"{args.output} has nothing to resume; start with: {command(args, damaged)}")
+    places = checkpoints.places(args.output)
+    if places and not adapter_folder.is_finished(args.output) and not args.overwrite:
+        raise RunError(
+            f"{args.output} holds an unfinished run ({places[0].name}); go on with: {command(args)}; "
+            "or add --overwrite to start afresh"
+        )
+    return None
+
+
+def check_unchanged(args, manifest, facts):
+    """Raises RunError that names what is other than when the run began."""
+    if found := checkpoints.differences(manifest, facts):
+        raise RunError(
+            f"{args.output} cannot be resumed: {', '.join(found)}; give it what it began with, or start "
+            "afresh with --overwrite"
+        )
+
+
+def fingerprint_of_tokens(examples):
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example["input_ids"], example["labels"]]).encode())
+    return digest.hexdigest()
+
+
+def stop(args, asked):
+    """Says how to go on, and exits as a process does that a signal ended."""
+    places = checkpoints.places(args.output)
+    say(f"stopped    the newest checkpoint is {places[0]}" if places else "stopped    with no checkpoint")
+    say(f"go on      {command(args)}")
+    sys.exit(128 + (asked[0] if asked else signal.SIGINT))
+
+
+def command(args, add=" --resume"):
+    """Returns the command that was typed, with --resume."""
+    flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
+    start = "accelerate launch" if "RANK" in os.environ else "python"
+    return shlex.join([*start.split(), "train_qlora.py", *flags]) + add
+
+
+def next_command(args):
+    adapter = "" if args.output == OUTPUT_DIR else f" --adapter {shlex.quote(args.output)}"
+    return f"python compare.py --bits {args.bits}{adapter}"
+
+
+def is_main():
+    """Whether this is the process that speaks and writes: the only one, or the first that a launcher made."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text):
+    if is_main():
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode():  # above the bar
+            print(text, flush=True)
+
+
+def settings(args):
+    """Returns all that decides the result, by name."""
+    return {name: getattr(args, name) for name in ("bits", "epochs", "learning_rate", "rehearse")} | recipe()
 
 
 def recipe():
@@ -664,4 +896,5 @@ def recipe():
 
 
 if __name__ == "__main__":
+    machine.outlive_the_terminal()
     main()

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -333,7 +332,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(tiny_model, examples, m
         monkeypatch.setattr(
             train_qlora, "micro_batches", lambda e, *_, n=rows: [e[i : i + n] for i in range(0, 16, n)]
         )
-        loss = train_qlora.add_gradients(model, sixteen, 0, CPU)
+        loss = train_qlora.add_gradients(model, sixteen, 0, CPU).item()
         gradients[rows] = gradient(model)
         if not want_loss:
             for e in sixteen:
@@ -458,7 +457,8 @@ def test_the_warm_up_takes_ten_steps_and_never_more_than_a_quarter(
         train_qlora,
         "add_gradients",
         lambda model, *_: (
-            [setattr(p, "grad", torch.ones_like(p)) for p in model.parameters() if p.requires_grad] and 1.0
+            [setattr(p, "grad", torch.ones_like(p)) for p in model.parameters() if p.requires_grad]
+            and torch.tensor(1.0)
         ),
     )
     args = SimpleNamespace(learning_rate=2.0, epochs=epochs)
@@ -555,11 +555,6 @@ def typed(*arguments, folder):
     return code, out.getvalue(), err.getvalue()
 
 
-# MKL's products depend on where in memory their numbers lie, which differs between processes, unless this
-# is set: without it, one run in four or so differs from the others in its last bits on a CPU with AVX-512.
-REPRODUCIBLE = {"MKL_CBWR": "AVX2,STRICT"}
-
-
 @pytest.fixture(scope="module")
 def finished_run(tiny_text_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -567,7 +562,6 @@ def finished_run(tiny_text_model, tmp_path_factory):
         *["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"],
         *["--epochs", 2, "--bits", 8, "--learning-rate", 3e-3, "--output", "out"],
         folder=folder,
-        **REPRODUCIBLE,
     )
     return folder, result
 
@@ -648,7 +642,6 @@ def test_a_second_run_keeps_the_first_ones_adapter_and_repeats_its_losses(finish
         *["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"],
         *["--epochs", 2, "--bits", 8, "--learning-rate", 3e-3, "--output", "out"],
         folder=folder,
-        **REPRODUCIBLE,
     ).stdout
     assert "earlier    the adapter that was in out is now in out.1" in output
     assert (folder / "out.1/adapter_model.safetensors").read_bytes() == first
@@ -709,7 +702,12 @@ def test_a_learning_rate_that_explodes_stops_with_the_step_and_writes_nothing(ti
         folder=tmp_path,
     )
     assert code == 1
-    assert re.search(r"^step \d+: the loss .* is not finite.* --learning-rate 1e\+29$", errors, re.M)
+    assert re.search(
+        r"^step [2-4]: the (loss|gradient|validation loss) .* (explodes|is not finite); most likely the "
+        r"learning rate 1e\+30 is too high: .* --learning-rate 1e\+29; no checkpoint was written yet$",
+        errors,
+        re.M,
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -801,7 +799,7 @@ def test_too_little_disk_and_a_full_gpu_are_one_line(monkeypatch, tmp_path, caps
     usage = shutil.disk_usage(tmp_path)._replace(free=10**8)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(machine.RunError, match=r"0.10 GB of free disk, the adapter may need 0.5"):
+        with pytest.raises(machine.RunError, match=r"0.10 GB of free disk, the run may need 1.5"):
             adapter_folder.check("out")
 
     def full(args):
@@ -813,26 +811,6 @@ def test_too_little_disk_and_a_full_gpu_are_one_line(monkeypatch, tmp_path, caps
         train_qlora.main()
     assert caught.value.code == 1
     assert capsys.readouterr().err.startswith("the GPU's memory is full; train with --bits 4, ")
-
-
-def test_control_c_is_one_line_and_exit_130(tmp_path, tiny_text_model):
-    arguments = ["--rehearse", "--model", tiny_text_model, "--data", ROOT / "examples.json"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_qlora.py", *arguments, "--epochs", "1000"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("epoch "):
-            break
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert errors.endswith("stopped; no adapter was written\n")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_model_is_the_folder_if_it_is_there_else_the_hubs(tmp_path, tiny_text_model):

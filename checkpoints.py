@@ -1,0 +1,216 @@
+"""A run's checkpoints in output/checkpoints: written whole, and read only if not a byte has changed.
+
+A checkpoint is an adapter too: `python compare.py --adapter qlora_output/checkpoints/step-000020`.
+"""
+
+import hashlib
+import io
+import json
+import re
+import shutil
+from copy import copy
+from pathlib import Path
+
+import whole_files
+from chat_rows import printable
+from machine import RunError
+
+FOLDER = "checkpoints"
+FORMAT = 1  # of what is in it
+NEWEST_KEPT = 2  # and the one with the best adapter
+MANIFEST = "manifest.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BEST = "best.safetensors"  # the best adapter so far, where WEIGHTS is another
+OPTIMIZER = "optimizer.pt"  # and the schedule
+
+
+def places(output):
+    """Returns the folders of a run's checkpoints, whole or not, the newest first."""
+    folder = Path(output, FOLDER)
+    found = [path for path in folder.iterdir() if is_place(path)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def is_place(path):
+    return bool(re.fullmatch(r"step-\d{6,}", path.name)) and path.is_dir() and not path.is_symlink()
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def seal(manifest):
+    """Returns the sha256 of a manifest without its own seal."""
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    return sha256(json.dumps(rest, sort_keys=True).encode())
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def write(output, config, weights, best, optimizer, facts):
+    """Writes the checkpoint of facts["step"] and removes those that need not be kept; returns its folder.
+
+    config is a PeftConfig; weights and best are {name: tensor}, best None if it is the weights or not known;
+    optimizer is what torch can save and load with weights_only; facts go into the manifest as they are.
+    Raises OSError if it cannot be written; those before it are then as they were.
+    """
+    import torch
+
+    place = Path(output, FOLDER, f"step-{facts['step']:06}")
+    part = whole_files.aside(place)
+    files = {WEIGHTS: serialised(weights)}
+    if best is not None:
+        files[BEST] = serialised(best)
+    stream = io.BytesIO()
+    torch.save(optimizer, stream)
+    files[OPTIMIZER] = stream.getvalue()
+    clear(output)
+    try:
+        part.mkdir(parents=True)
+        for name, data in files.items():
+            (part / name).write_bytes(data)
+        write_config(config, part)
+        files[CONFIG] = (part / CONFIG).read_bytes()
+        manifest = {**facts, "sha256": {name: sha256(data) for name, data in files.items()}}
+        manifest["seal"] = seal(manifest)
+        (part / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
+        whole_files.sync(part)
+        if place.exists():  # a damaged one, passed over when the run went on
+            remove(place)
+        whole_files.rename(part, place)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    prune(output, facts["step"], facts["history"]["kept_step"])
+    return place
+
+
+def serialised(tensors):
+    """Returns {name: tensor} as the bytes of a safetensors file."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(tensors, metadata={"format": "pt"})
+
+
+def write_config(config, folder):
+    """Writes adapter_config.json as PEFT does for an adapter that is to be used."""
+    config = copy(config)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def prune(output, newest, best):
+    """Removes all checkpoints but the newest ones and the best; one later than the newest was damaged."""
+    found = {int(path.name.removeprefix("step-")): path for path in places(output)}
+    kept = sorted((step for step in found if step <= newest), reverse=True)[:NEWEST_KEPT]
+    for step, path in found.items():
+        if step not in (*kept, best):
+            remove(path)
+
+
+def remove(place):
+    """Removes a checkpoint; killed meanwhile, it leaves none that looks damaged."""
+    gone = place.rename(place.with_name(place.name + ".old"))
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear(output):
+    """Removes what killed runs left half written or half removed."""
+    for pattern in ("*.part", "*.old"):
+        for path in Path(output, FOLDER).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def newest(output, say):
+    """Returns (manifest, {file: bytes}) of the newest whole checkpoint, or None; says what it passes over."""
+    for place in places(output):
+        try:
+            return read(place)
+        except RunError as error:
+            say(f"damaged    {error}; it is passed over")
+    return None
+
+
+def read(place):
+    """Returns (manifest, {file: bytes}) of a checkpoint; raises RunError if it is torn or was altered.
+
+    Only files of the names above are read, and none that is a link.
+    """
+    data = {}
+    for name in (MANIFEST, CONFIG, WEIGHTS, OPTIMIZER, BEST):
+        path = place / name
+        try:
+            if path.is_symlink() or path.exists():
+                data[name] = whole_files.read(path)
+        except OSError as error:
+            raise RunError(f"{path} cannot be read ({error.strerror})") from error
+    try:
+        manifest = json.loads(data.pop(MANIFEST))
+        sound = manifest["seal"] == seal(manifest)
+        wanted = manifest["sha256"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(f"{place / MANIFEST} is missing or cannot be read") from error
+    if not sound:
+        raise RunError(f"{place / MANIFEST} has changed since it was written")
+    for name in (CONFIG, WEIGHTS, OPTIMIZER, *(name for name in (BEST,) if name in wanted)):
+        if name not in data:
+            raise RunError(f"{place / name} is missing")
+        if sha256(data[name]) != wanted.get(name):
+            raise RunError(f"{place / name} has changed since it was written")
+    return manifest, {name: data[name] for name in data if name in wanted}
+
+
+def differences(manifest, facts):
+    """Returns what is other than when the checkpoint was written: ["learning_rate was 0.001 and is 0.01"]."""
+    found = []
+    for key, value in facts.items():
+        before = manifest.get(key)
+        if key == "settings":
+            before = before or {}
+            found += [
+                f"{name} was {printable(str(before.get(name)), 60)} and is {value.get(name)}"
+                for name in {**value, **before}
+                if before.get(name) != value.get(name)
+            ]
+        elif before != value:
+            found.append(f"the {key.removesuffix('_sha256')} changed")
+    return found
+
+
+def restore(found, weights, optimizer, schedule):
+    """Puts a checkpoint's weights into the tensors of {name: tensor} and sets optimizer and schedule.
+
+    Returns (history, best): best as {name: tensor}, None if no adapter was judged before.
+    Raises RunError if the checkpoint does not fit.
+    """
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    manifest, data = found
+    history = manifest["history"]
+    try:
+        saved = load(data[WEIGHTS])
+        best = load(data[BEST]) if BEST in data else saved if history["evaluations"] else None
+        for tensors in (saved, best or saved):
+            if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in weights.items()}:
+                raise ValueError("its adapter has other tensors")
+        states = torch.load(io.BytesIO(data[OPTIMIZER]), map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(states["optimizer"])
+        schedule.load_state_dict(states["schedule"])
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        place = f"the checkpoint of step {manifest['step']}"
+        reason = printable(str(error), 100)
+        raise RunError(f"{place} does not fit ({reason}); start afresh with --overwrite") from error
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(saved[name])
+    return history, best

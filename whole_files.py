@@ -1,0 +1,142 @@
+"""Files and folders that are there whole or not at all: written aside, synced, renamed, by one at a time."""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from machine import RunError
+
+REPEAT = 0.3  # seconds: a launcher passes on the Ctrl-C that its processes got already; that is no second one
+
+
+def aside(path):
+    """Returns the path beside `path` that it is written at until it is whole."""
+    return path.with_name(path.name + ".part")
+
+
+def sync(path):
+    """Has the disk keep a file, or a folder and all that is in it, before it gets its name."""
+    for child in path.iterdir() if path.is_dir() else ():
+        sync(child)
+    if path.is_dir() and os.name == "nt":  # Windows syncs no folders
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(path):
+    """Returns a file's bytes; raises OSError for a link, which could lead out of the folder."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:
+        return file.read()
+
+
+def rename(source, target):
+    """Renames a synced file or folder into place, and has the disk keep the new name."""
+    source.rename(target)
+    if os.name != "nt":
+        handle = os.open(target.absolute().parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(path, value):
+    """Writes a JSON file aside and renames it into place; raises RunError if it cannot be written."""
+    path = Path(path)
+    try:
+        aside(path).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        sync(aside(path))
+        aside(path).replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}); name another file") from error
+
+
+def check_parent(output):
+    """Returns the folder that `output` is to stand in; raises RunError if it cannot be written to."""
+    parent = Path(output).absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RunError(f"{parent} cannot be written to; name another folder with --output")
+    return parent
+
+
+def is_empty_folder(path):
+    return path.is_dir() and not any(path.iterdir())
+
+
+@contextmanager
+def only_writer(output):
+    """Holds <output>.lock meanwhile; raises RunError if another process does.
+
+    The lock is the kernel's: a process that dies lets go of it, and the next one takes the file over.
+    """
+    import filelock
+
+    path = Path(output).absolute()
+    path = path.with_name(path.name + ".lock")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        try:
+            holder = f"process {int(path.read_text())}"
+        except (OSError, ValueError):
+            holder = "another process"
+        raise RunError(
+            f"{output} is being written by {holder}; wait for it, or name another with --output"
+        ) from error
+    try:
+        path.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink()  # while it is held: whoever waits for this file sees that it is gone
+        lock.release()
+
+
+def leave_on_signals():
+    """Has SIGTERM and a hang-up end the process like Ctrl-C: what was begun aside is cleared away."""
+
+    def leave(number, _):
+        sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            signal.signal(number, leave)
+
+
+@contextmanager
+def asked_to_stop():
+    """Gives a list that Ctrl-C, SIGTERM and a hang-up put their number into; a second one ends the process.
+
+    What is ignored already stays so: under nohup, a hang-up is none.
+    """
+    asked = []
+
+    def note(number, _):
+        if asked and time.monotonic() - asked[1] > REPEAT:
+            os._exit(128 + number)
+        if not asked:
+            asked.extend([number, time.monotonic()])
+            with suppress(OSError):  # the terminal may be gone; print() may be at work already
+                os.write(2, b"\nfinishing what is in hand, to keep it; once more: at once\n")
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers}
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
