@@ -12,6 +12,7 @@ from machine import RunError
 
 # What a base's tokenizer consists of; it goes along as it is.
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+PART = "adapter.part"  # where it is written until it is whole
 COMPARISON = "compare.json"  # what compare.py leaves beside the adapter, for the merged model's card
 AGAIN = "train again: python train_qlora.py"
 # Bytes, on 4B: three checkpoints and one being written, of 300 MB each, adapter (120), tokenizer (33), plot.
@@ -82,6 +83,12 @@ def make_room(output):
     return earlier
 
 
+def clear(output):
+    """Removes what killed runs left half written or half removed."""
+    checkpoints.clear(output)
+    shutil.rmtree(Path(output, PART), ignore_errors=True)
+
+
 def remove_if_empty(output):
     """Removes the folder of a run that left nothing."""
     for path in (Path(output, checkpoints.FOLDER), Path(output)):
@@ -111,7 +118,7 @@ def write(output, model, base, run):
     from safetensors.torch import load
 
     output = Path(output)
-    part = output / "adapter.part"
+    part = output / PART
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:

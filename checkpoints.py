@@ -66,7 +66,6 @@ def write(output, config, weights, best, optimizer, facts):
     stream = io.BytesIO()
     torch.save(optimizer, stream)
     files[OPTIMIZER] = stream.getvalue()
-    clear(output)
     try:
         part.mkdir(parents=True)
         for name, data in files.items():

@@ -685,6 +685,8 @@ def run(args):
     rows = load_data(args.data)
     adapter_folder.check(args.output)
     with whole_files.only_writer(args.output) if is_main() else nullcontext():
+        if is_main():
+            adapter_folder.clear(args.output)
         if args.resume and adapter_folder.is_finished(args.output):
             say(f"finished   the run in {args.output} is done: there is nothing to resume")
             say(f"next       {next_command(args)}")

@@ -2,9 +2,9 @@
 
     python killing.py FOLDER SEED MOMENTS ARGUMENT …
 
-All libraries are imported once. Prints a JSON line of the whole run, then one for each moment: where it was
-killed, what it left, and the sha256 of the adapter that the run gone on with gives. Half of the moments are of
-the clock, half are file operations of the run's.
+All libraries are imported once. Prints a JSON line of an undisturbed run, then one for each moment: where it
+was killed, what it left, and the sha256 of the adapter that it ends with. Half of the moments are of the
+clock, half are file operations of the run's.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ for name in ("AutoModelForCausalLM", "AutoTokenizer", "get_cosine_schedule_with_
 
 
 def start(arguments, log, on_operation=None):
-    """Forks a process that runs the script; returns its pid. on_operation(number, name) sees its file operations."""
+    """Forks a process that runs the script, returns its pid; on_operation(number) sees its writes."""
     pid = os.fork()
     if pid:
         return pid
@@ -118,7 +118,8 @@ def main():
         code = ended(start([*again, "--resume"], "log"))
         log = Path("log").read_text()
         if not found:
-            assert code == 1 and "has nothing to resume" in log, log
+            assert "has nothing to resume" in log
+            assert code == 1
             code = ended(start(again, "log"))
         assert code == 0, Path("log").read_text()
         line = {"moment": moment, "killed": killed == -signal.SIGKILL, "left": left, "whole": len(found)}
