@@ -394,7 +394,7 @@ def within_memory(work, examples, state, tokens):
         try:
             return work(tokens), tokens
         except torch.OutOfMemoryError as error:
-            reason = chat_rows.printable(str(error), 150)
+            reason = chat_rows.printable(str(error).split(" Process ")[0], 150)
         # Not within `except`: there the error would hold on to all that the work had in memory.
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -511,7 +511,7 @@ def train(
 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     call_token = tokenizer(CALL_START, add_special_tokens=False)["input_ids"][0]
-    guessing = math.log(len(tokenizer))  # the loss of one that knows nothing, in nats
+    guessing = math.log(model.config.get_text_config().vocab_size)  # the loss of one that knows nothing
     held_out, held_out_calls = [examples[i] for i in validation], [calls[i] for i in validation]
     adapter = get_peft_model_state_dict(model)  # the weights themselves, by name
     weights = [p for p in model.parameters() if p.requires_grad]
