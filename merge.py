@@ -48,7 +48,6 @@ def check_output(output, base, adapter, overwrite):
             raise RunError(f"{output} is there; add --overwrite, or name another folder with --output")
         if not output.is_dir() or download_model.missing_files(output):
             raise RunError(f"{output} is there and is no model; name another folder with --output")
-    whole_files.check_parent(output)
 
 
 def choose_device(weights, parent):
@@ -231,10 +230,11 @@ def copy_files(base, merged):
 
 def move(aside, output):
     """Moves a finished folder into place; what was there is removed after that."""
+    whole_files.sync(aside)
     earlier = output.with_name(output.name + ".old")
     if output.exists():
         output.rename(earlier)
-    aside.rename(output)
+    whole_files.rename(aside, output)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
@@ -253,6 +253,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    whole_files.leave_on_signals()
     try:
         run(args)
     except (RunError, download_model.ModelError) as error:
@@ -264,13 +265,20 @@ def main():
 
 
 def run(args):
-    started = time.perf_counter()
     config, record = adapter_folder.read_settings(args.adapter)
     base = config["base_model_name_or_path"]
     output = Path(args.output or f"{Path(base).name}-merged")
+    whole_files.check_parent(output)
+    with whole_files.only_writer(output):
+        merge(args, base, record, output)
+
+
+def merge(args, base, record, output):
+    started = time.perf_counter()
     check_output(output, base, args.adapter, args.overwrite)
 
     import torch
+    from safetensors import SafetensorError
 
     machine.quiet_libraries()
     from peft import PeftModel
@@ -291,7 +299,7 @@ def run(args):
     model = train_qlora.load_model(folder, None, device, dtype)
     model = PeftModel.from_pretrained(model, args.adapter).eval()
     before = answers(model)
-    aside = output.with_name(output.name + ".part")
+    aside = whole_files.aside(output)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         model = model.merge_and_unload(safe_merge=True).to(torch.bfloat16)
@@ -312,8 +320,9 @@ def run(args):
         same = compare_answers(tokenizer, before[0], after[0], before[1], after[1])
         print(f"           {same} of {len(probes)} probes answered with the same tokens as base + adapter")
         move(aside, output)
-    except OSError as error:
-        raise RunError(f"{output} cannot be written ({error.strerror}); nothing was kept") from error
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
+        reason = chat_rows.printable(getattr(error, "strerror", None) or str(error), 100)
+        raise RunError(f"{output} cannot be written ({reason}); free some disk; nothing was kept") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"memory     {machine.told(machine.peak_memory(torch.device(device)))}")

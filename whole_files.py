@@ -24,7 +24,7 @@ def sync(path):
         sync(child)
     if path.is_dir() and os.name == "nt":  # Windows syncs no folders
         return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -90,9 +90,7 @@ def only_writer(output):
             holder = f"process {int(path.read_text())}"
         except (OSError, ValueError):
             holder = "another process"
-        raise RunError(
-            f"{output} is being written by {holder}; wait for it, or name another with --output"
-        ) from error
+        raise RunError(f"{output} is being written by {holder}; wait until that has ended") from error
     try:
         path.write_text(f"{os.getpid()}\n")
         yield

@@ -1,7 +1,12 @@
 """A tiny Gemma 3, of random weights, in both its classes: the hermetic tests train it in seconds."""
 
+import resource
 import signal
 import string
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +15,7 @@ import download_model
 # A shell that starts pytest in the background has it ignore SIGINT, and its children would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 105: "<start_of_turn>", 106: "<end_of_turn>"}
 CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяё"
 MERGES = [("\n", "\n"), ("▁", "▁"), ("о", "с"), ("т", "о"), ("c", "a"), ("ca", "l"), ("<", "t"), ("\n", "▁")]
@@ -114,3 +120,30 @@ def tiny_model(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_text_model(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("text-only"))
+
+
+@contextmanager
+def disk_for(size):
+    """No file may become larger than `size` bytes: the same error as on a full disk, for every writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def other_writer(output):
+    """Has another process write the folder `output` meanwhile, and kills it; gives its number."""
+    script = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import whole_files\n"
+        f"with whole_files.only_writer({str(output)!r}):\n    print('there', flush=True); time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"there\n"
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()

@@ -8,7 +8,6 @@ import json
 import os
 import pty
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import disk_for, other_writer
 from safetensors.torch import load_file
 from test_train_qlora import CPU, gradient, loaded, typed
 
@@ -558,17 +558,6 @@ def test_at_one_row_it_gives_up_with_the_numbers_and_what_to_change(arguments, m
     assert names(tmp_path) == []
 
 
-@contextmanager
-def disk_for(size):
-    """No file may become larger than `size` bytes: the same error as on a full disk, for every writer."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(
     arguments, whole, monkeypatch, tmp_path
 ):
@@ -684,33 +673,13 @@ def test_at_the_first_step_the_model_is_to_blame():
 # ------------------------------------------------------------------------------- two runs, strangers
 
 
-@pytest.fixture
-def other_writer(tmp_path):
-    """Another process that writes qlora_output in tmp_path."""
-    script = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import whole_files\n"
-        "with whole_files.only_writer('qlora_output'):\n    print('there', flush=True); time.sleep(600)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"there\n"
-    yield process
-    process.kill()
-    process.wait()
-
-
-def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_taken_over(
-    arguments, other_writer, tmp_path
-):
-    code, out, errors = typed(*arguments, folder=tmp_path)
-    assert (code, out) == (1, "")
-    assert errors == (
-        f"qlora_output is being written by process {other_writer.pid}; wait for it, or name another with "
-        "--output\n"
-    )
-    assert names(tmp_path) == ["qlora_output.lock"]
-    other_writer.kill()
-    other_writer.wait()
-    assert names(tmp_path) == ["qlora_output.lock"]
+def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_taken_over(arguments, tmp_path):
+    with other_writer(tmp_path / "qlora_output") as pid:
+        code, out, errors = typed(*arguments, folder=tmp_path)
+        assert (code, out) == (1, "")
+        assert errors == f"qlora_output is being written by process {pid}; wait until that has ended\n"
+        assert names(tmp_path) == ["qlora_output.lock"]
+    assert names(tmp_path) == ["qlora_output.lock"]  # it was killed
     code, _, _ = typed(*arguments, folder=tmp_path)
     assert code == 0
     assert names(tmp_path) == ["qlora_output"]

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import disk_for, other_writer
 from hub_server import Hub
 
 import download_model
@@ -314,6 +315,29 @@ def test_ctrl_c_keeps_what_came(tmp_path, hub):
     assert "Traceback" not in stderr
     assert (tmp_path / "gemma-3-4b-it.part" / SHARDS[1]).exists()
     assert not (tmp_path / "gemma-3-4b-it").exists()
+
+
+def test_a_full_disk_keeps_what_came_and_goes_on_from_there(tmp_path, hub):
+    hub.files = WANTED | {SHARDS[0]: os.urandom(30_000_000)}
+    with disk_for(20_000_000):
+        code, _, stderr = run(tmp_path, hub.url)
+    assert code == 1
+    assert "File too large; mend that, then run the same command again, it goes on from there" in stderr
+    assert not (tmp_path / "gemma-3-4b-it").exists()
+    came = (tmp_path / "gemma-3-4b-it.part" / (SHARDS[0] + ".incomplete")).stat().st_size
+    assert 19_000_000 < came <= 20_000_000
+    hub.requests.clear()
+    code, _, stderr = run(tmp_path, hub.url)
+    assert code == 0, stderr
+    assert [headers["range"] for headers in hub.large_requests()] == [f"bytes={came}-"]
+    assert (tmp_path / "gemma-3-4b-it" / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+
+
+def test_a_second_download_into_a_folder_is_refused(tmp_path, hub):
+    with other_writer(tmp_path / "gemma-3-4b-it") as pid:
+        result = run(tmp_path, hub.url)
+    assert_refused(result, tmp_path, hub, f"gemma-3-4b-it is being written by process {pid}; wait")
+    assert run(tmp_path, hub.url)[0] == 0
 
 
 FETCH = """

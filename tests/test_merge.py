@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import tiny_tokenizer, write_tiny_adapter
+from conftest import disk_for, other_writer, tiny_tokenizer, write_tiny_adapter
 from safetensors.torch import load_file, save_file
 
 import compare
 import download_model
 import merge
+import whole_files
 from machine import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,7 +219,27 @@ def test_a_folder_that_is_there_is_never_overwritten_unasked(merged, tmp_path):
     refused("is no model", tmp_path / "notes", "base", "adapter", True)
     refused("is the base or the adapter itself", merged, merged, "adapter", True)
     refused("is the base or the adapter itself", tmp_path / "notes", "base", tmp_path / "notes", True)
-    refused("cannot be written to", tmp_path / "none" / "out", "base", "adapter", False)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(adapter, tmp_path):
+    with pytest.raises(RunError, match="cannot be written to"):
+        run(adapter, tmp_path / "none" / "out")
+
+
+def test_on_a_full_disk_nothing_half_written_stays(adapter, tmp_path):
+    with (
+        disk_for(100_000),
+        pytest.raises(RunError, match=r"cannot be written \(.*File too large.*\); free some"),
+    ):
+        run(adapter, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_merge_into_a_folder_is_refused(adapter, tmp_path):
+    with other_writer(tmp_path / "out") as pid, pytest.raises(RunError, match=f"by process {pid}; wait"):
+        run(adapter, tmp_path / "out")
+    run(adapter, tmp_path / "out")  # that process was killed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_overwrite_replaces_and_a_kill_between_the_renames_is_mended(adapter, merged, tmp_path):
@@ -253,6 +274,26 @@ def merge_in_a_process(adapter, output):
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     run(adapter, output, overwrite=True)
+
+
+def merge_for_ever(adapter, output):
+    whole_files.leave_on_signals()
+    merge.prove_weights = lambda *_: time.sleep(600)
+    merge_in_a_process(adapter, output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_clears_away_what_was_begun(adapter, tmp_path, number):
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=merge_for_ever, args=(adapter, tmp_path / "out"))
+    process.start()
+    while not (tmp_path / "out.part/README.md").exists():  # all is written
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 128 + number
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_at_twenty_random_moments_it_leaves_the_old_or_the_new(tiny_text_model, tmp_path):
