@@ -276,6 +276,14 @@ def merge_in_a_process(adapter, output):
     run(adapter, output, overwrite=True)
 
 
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that have the libraries imported when they start."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft", "bitsandbytes", "merge", "test_merge"])
+    return context
+
+
 def merge_for_ever(adapter, output):
     whole_files.leave_on_signals()
     merge.prove_weights = lambda *_: time.sleep(600)
@@ -283,9 +291,9 @@ def merge_for_ever(adapter, output):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_clears_away_what_was_begun(adapter, tmp_path, number):
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=merge_for_ever, args=(adapter, tmp_path / "out"))
+def test_a_signal_clears_away_what_was_begun(processes, tiny_text_model, tmp_path, number):
+    adapter = write_tiny_adapter(tmp_path / "qlora_output", tiny_text_model)
+    process = processes.Process(target=merge_for_ever, args=(adapter, tmp_path / "out"))
     process.start()
     while not (tmp_path / "out.part/README.md").exists():  # all is written
         assert process.is_alive()
@@ -293,19 +301,17 @@ def test_a_signal_clears_away_what_was_begun(adapter, tmp_path, number):
     os.kill(process.pid, number)
     process.join(30)
     assert process.exitcode == 128 + number
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["qlora_output"]
 
 
-def test_killed_at_twenty_random_moments_it_leaves_the_old_or_the_new(tiny_text_model, tmp_path):
+def test_killed_at_twenty_random_moments_it_leaves_the_old_or_the_new(processes, tiny_text_model, tmp_path):
     adapter = write_tiny_adapter(tmp_path / "qlora_output", tiny_text_model)
     output = tmp_path / "out"
     run(adapter, output)
     new = {p.name: p.read_bytes() for p in output.iterdir()}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft", "bitsandbytes", "merge", "test_merge"])
 
     def start():
-        process = context.Process(target=merge_in_a_process, args=(adapter, output))
+        process = processes.Process(target=merge_in_a_process, args=(adapter, output))
         process.start()
         return process, time.monotonic()
 
