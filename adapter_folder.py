@@ -14,6 +14,8 @@ from machine import RunError
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 PART = "adapter.part"  # where it is written until it is whole
 COMPARISON = "compare.json"  # what compare.py leaves beside the adapter, for the merged model's card
+# Settings of an adapter that may have PEFT 0.21.2 import a module, or unpickle a file, that they name.
+RUN_OR_UNPICKLED = ("megatron_config", "auto_mapping", "corda_config", "lora_ga_config")
 AGAIN = "train again: python train_qlora.py"
 # Bytes, on 4B: three checkpoints and one being written, of 300 MB each, adapter (120), tokenizer (33), plot.
 DISK_NEEDED = 1.5e9
@@ -48,15 +50,18 @@ def plot(history, path):
     pyplot.close(figure)
 
 
-def check(output):
-    """Raises RunError if the output folder cannot be written, or holds something that is not a run's."""
+def check(output, resume):
+    """Raises RunError if the output folder cannot be written, or holds something that is not a run's.
+
+    Or if the disk is too small, but not for one that is resumed: it may have no more than its end to write.
+    """
     output = Path(output)
-    ours = is_finished(output) or (output / checkpoints.FOLDER).is_dir()
+    ours = is_finished(output) or is_unfinished(output)
     if output.exists() and not ours and not whole_files.is_empty_folder(output):
         raise RunError(f"{output} is there and holds no adapter; name another folder with --output")
     parent = whole_files.check_parent(output)
     free = shutil.disk_usage(output if ours else parent).free
-    if free < DISK_NEEDED:
+    if free < DISK_NEEDED and not resume:
         raise RunError(
             f"{parent} has {free / 1e9:.2f} GB of free disk, the run may need {DISK_NEEDED / 1e9:.1f}; "
             "free some, or name a folder on another disk with --output"
@@ -67,19 +72,41 @@ def is_finished(output):
     return Path(output, CONFIG).is_file()
 
 
+def is_unfinished(output):
+    """Whether a folder holds what a run leaves that ended before its adapter was there, and nothing else."""
+    folder = Path(output, checkpoints.FOLDER)
+    left = (checkpoints.FOLDER, PART, WEIGHTS, "run.json", "loss.png", *TOKENIZER)
+    return (
+        folder.is_dir()
+        and all(any(path.match(name) for name in left) for path in Path(output).iterdir())
+        and all(path.match("step-*") for path in folder.iterdir())
+    )
+
+
 def make_room(output):
     """Makes the folder ready for a new run: what is left of an unfinished one is removed.
 
     A finished adapter is kept as output.1, output.2, …, without its checkpoints; returns that path, or None.
+    Raises RunError if it cannot be.
     """
     output = Path(output)
     earlier = None
-    if is_finished(output):
-        number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.{n}").exists())
-        earlier = output.rename(output.with_name(f"{output.name}.{number}"))
-        shutil.rmtree(earlier / checkpoints.FOLDER, ignore_errors=True)
-    shutil.rmtree(output, ignore_errors=True)
-    (output / checkpoints.FOLDER).mkdir(parents=True)
+    try:
+        if is_finished(output):
+            number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.{n}").exists())
+            earlier = output.rename(output.with_name(f"{output.name}.{number}"))
+        for place in checkpoints.places(earlier or output):
+            checkpoints.remove(place)
+        if earlier is None and is_unfinished(output):
+            for path in output.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (output / checkpoints.FOLDER).mkdir(parents=True)
+    except OSError as error:
+        raise RunError(
+            f"{output} cannot be made ready ({error.strerror}); name another with --output"
+        ) from error
+    if earlier:
+        remove_if_empty(earlier)
     return earlier
 
 
@@ -169,6 +196,9 @@ def read_settings(folder):
     if config.get("peft_type") != "LORA":
         method = printable(str(config.get("peft_type")))
         raise RunError(f"{folder} was made by the method {method}, not by LoRA; {AGAIN}")
+    for name in RUN_OR_UNPICKLED:
+        if config.get(name):
+            raise RunError(f"{folder}/{CONFIG} has a {name}, which may run any code; {AGAIN}")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise RunError(f"{folder}/{CONFIG} names no base model; {AGAIN}")

@@ -370,8 +370,8 @@ def show_plan(numbers, counts):
     )
     print(f"warm-up {n['warmup']}, then a cosine")
     print(f"           {n['micro_batches']} micro-batches, the largest of {n['largest']} tokens")
-    print(f"evaluation {times} times, once an epoch; the adapter of the best one is written at the end,")
-    print("           and no checkpoint before")
+    print(f"evaluation {times} times, once an epoch, the best one's adapter is written at the end;")
+    print("           a checkpoint each time, and at Ctrl-C: --resume goes on from there")
 
 
 def seconds(d, numbers, bits, card):

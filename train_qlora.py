@@ -683,7 +683,7 @@ def main():
 
 def run(args):
     rows = load_data(args.data)
-    adapter_folder.check(args.output)
+    adapter_folder.check(args.output, args.resume)
     with whole_files.only_writer(args.output) if is_main() else nullcontext():
         if is_main():
             adapter_folder.clear(args.output)

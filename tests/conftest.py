@@ -1,5 +1,6 @@
 """A tiny Gemma 3, of random weights, in both its classes: the hermetic tests train it in seconds."""
 
+import json
 import resource
 import signal
 import string
@@ -120,6 +121,20 @@ def tiny_model(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_text_model(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("text-only"))
+
+
+@pytest.fixture(scope="session")
+def few_rows(tmp_path_factory):
+    """The path of 20 short rows, half of them with a call."""
+    import train_qlora
+
+    rows = sorted(train_qlora.load_data(ROOT / "examples.json"), key=lambda row: len(json.dumps(row)))
+    kinds = {True: [], False: []}
+    for row in rows:
+        kinds[train_qlora.is_call(row["messages"])].append(row)
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in kinds[True][:10] + kinds[False][:10]))
+    return path
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import disk_for, other_writer
@@ -23,26 +24,17 @@ from safetensors.torch import load_file
 from test_train_qlora import CPU, gradient, loaded, typed
 
 import adapter_folder
+import check
 import checkpoints
+import compare
 import machine
+import merge
 import train_qlora
 import whole_files
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 8  # 20 rows: 2 for validation, 2 steps an epoch, 4 epochs
 KILLED_AT = 50
-
-
-@pytest.fixture(scope="module")
-def few_rows(tmp_path_factory):
-    """The path of 20 short rows, half of them with a call."""
-    rows = sorted(train_qlora.load_data(ROOT / "examples.json"), key=lambda row: len(json.dumps(row)))
-    kinds = {True: [], False: []}
-    for row in rows:
-        kinds[train_qlora.is_call(row["messages"])].append(row)
-    path = tmp_path_factory.mktemp("rows") / "rows.json"
-    path.write_text("".join(json.dumps(row) + "\n" for row in kinds[True][:10] + kinds[False][:10]))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -690,30 +682,22 @@ TOKEN = "hf_PLANTEDplantedPLANTEDplanted012345"
 
 def test_a_token_is_in_nothing_that_is_printed_or_written(arguments, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
-    from huggingface_hub import get_token
-
-    assert get_token() == TOKEN
-    monkeypatch.chdir(tmp_path)
-    shutil.copyfile(arguments[4], "heldout.json")
-    printed = []
-    for script, given in [
-        ("train_qlora.py", [*arguments]),
-        ("train_qlora.py", ["--rehearse", "--model", "google/no-such-model", "--data", arguments[4]]),
-        ("compare.py", []),
-        ("merge.py", ["--output", "merged"]),
-        ("check.py", ["--data", arguments[4], "--model", arguments[2]]),
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert huggingface_hub.get_token() == TOKEN
+    data, model = arguments[4], arguments[2]
+    shutil.copyfile(data, tmp_path / "heldout.json")
+    for script, given, code in [
+        (train_qlora, arguments, 0),
+        (train_qlora, ["--rehearse", "--model", "google/no-such-model", "--data", data, "--output", "no"], 1),
+        (compare, [], 1),  # the tiny model calls nothing
+        (merge, ["--output", "merged"], 0),
+        (check, ["--data", data, "--model", model], 0),
     ]:
-        result = subprocess.run(
-            [sys.executable, ROOT / script, *map(str, given)], capture_output=True, text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        printed.append(result.stdout + result.stderr)
-        assert "Traceback" not in result.stderr
+        given, out, errors = typed(*given, folder=tmp_path, script=script)
+        assert given == code, errors
+        assert TOKEN not in out + errors
     assert (tmp_path / "merged/README.md").exists()
     assert (tmp_path / "qlora_output/compare.json").exists()
-    for text in printed:
-        assert TOKEN not in text
     for path in tmp_path.rglob("*"):
         if path.is_file():
             assert TOKEN.encode() not in path.read_bytes(), path

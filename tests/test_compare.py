@@ -275,6 +275,10 @@ DAMAGES = {
     "config cut": (lambda a: cut(a / CONFIG), f"{CONFIG} is damaged"),
     "config no object": (lambda a: (a / CONFIG).write_text("[1]"), f"{CONFIG} is damaged"),
     "unknown method": (lambda a: edit_config(a, peft_type="MAGIC"), "was made by the method MAGIC"),
+    "names code": (
+        lambda a: edit_config(a, megatron_config={"a": 1}, megatron_core="antigravity"),
+        f"{CONFIG} has a megatron_config, which may run any code",
+    ),
     "no base named": (lambda a: edit_config(a, base_model_name_or_path=None), "names no base model"),
     "no weights": (lambda a: without(a, WEIGHTS), f"holds no {WEIGHTS}"),
     "pickle": (to_pickle, "holds only a pickle, which is never read"),

@@ -178,3 +178,17 @@ def test_served_as_the_readme_says_a_chat_request_for_a_balance_gets_the_call(me
     finally:
         server.terminate()
         server.wait()
+
+
+def test_killed_three_times_the_real_weights_go_on_to_the_same_adapter(rehearsed, few_rows):
+    folder, _, _ = rehearsed
+    lines = few_rows.read_text().splitlines(keepends=True)
+    (folder / "eight.json").write_text("".join(lines[:4] + lines[-4:]))
+    result = python(
+        *(ROOT / "tests/killing.py", folder, "real", 3, "--rehearse", "--data", "eight.json", "--epochs", 4),
+        folder=folder,
+    )
+    assert result.returncode == 0
+    run, *ends = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [end["killed"] for end in ends] == [True] * 3
+    assert {end["sha256"] for end in ends} == {run["sha256"]}

@@ -537,16 +537,16 @@ def command(*arguments, folder, check=True, **environment):
     return result
 
 
-def typed(*arguments, folder):
+def typed(*arguments, folder, script=train_qlora):
     """The same within this process, which spares the imports; returns (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
     argv, cwd = sys.argv, os.getcwd()
-    sys.argv = ["train_qlora.py", *map(str, arguments)]
+    sys.argv = [f"{script.__name__}.py", *map(str, arguments)]
     os.chdir(folder)
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            train_qlora.main()
+            script.main()
     except SystemExit as exit:
         code = exit.code
     finally:
@@ -746,14 +746,16 @@ def test_an_output_that_is_no_adapters_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letters.txt").write_text("dear")
     (tmp_path / "file").write_text("dear")
-    for output in ("mine", "file"):
-        result = command(
-            *["--rehearse", "--data", ROOT / "examples.json", "--output", output],
+    (tmp_path / "other/checkpoints").mkdir(parents=True)
+    (tmp_path / "other/letters.txt").write_text("dear")
+    (tmp_path / "theirs/checkpoints/epoch-1").mkdir(parents=True)
+    for output in ("mine", "file", "other", "theirs"):
+        code, _, errors = typed(
+            *["--rehearse", "--data", ROOT / "examples.json", "--overwrite", "--output", output],
             folder=tmp_path,
-            check=False,
         )
-        assert result.returncode == 1
-        assert result.stderr == f"{output} is there and holds no adapter; name another folder with --output\n"
+        assert code == 1
+        assert errors == f"{output} is there and holds no adapter; name another folder with --output\n"
     result = command(
         *["--rehearse", "--data", ROOT / "examples.json", "--output", "no/such/place"],
         folder=tmp_path,
@@ -761,6 +763,7 @@ def test_an_output_that_is_no_adapters_is_refused(tmp_path):
     )
     assert "no/such cannot be written to" in result.stderr
     assert (tmp_path / "mine/letters.txt").read_text() == "dear"
+    assert (tmp_path / "other/letters.txt").read_text() == "dear"
 
 
 def test_a_model_that_is_not_whole_is_refused(tmp_path):
@@ -800,7 +803,8 @@ def test_too_little_disk_and_a_full_gpu_are_one_line(monkeypatch, tmp_path, caps
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(machine.RunError, match=r"0.10 GB of free disk, the run may need 1.5"):
-            adapter_folder.check("out")
+            adapter_folder.check("out", resume=False)
+        adapter_folder.check("out", resume=True)
 
     def full(args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
