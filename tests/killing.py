@@ -84,33 +84,44 @@ def sha256(folder):
     return hashlib.sha256(Path(folder, "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
+def whole_run(arguments):
+    """Runs it undisturbed; returns (seconds, file operations, sha256 of the adapter)."""
+    counts = os.open("operations", os.O_WRONLY | os.O_CREAT)
+    began = time.monotonic()
+    pid = start([*arguments, "--output", "whole"], "log", lambda n: os.pwrite(counts, b"%9d" % n, 0))
+    assert ended(pid) == 0, Path("log").read_text()
+    seconds, adapter = time.monotonic() - began, sha256("whole")
+    shutil.rmtree("whole")
+    return seconds, int(Path("operations").read_text()), adapter
+
+
+def killed_run(arguments, chance, by_clock, seconds, operations):
+    """Starts a run and kills it at a moment by chance, again if it had ended before; returns the moment."""
+    while True:
+        if by_clock:
+            moment = chance.uniform(0.2, 1.0) * seconds
+            pid = start(arguments, "log")
+            time.sleep(moment)
+            os.kill(pid, signal.SIGKILL)
+        else:
+            moment = chance.randint(1, operations)
+            pid = start(arguments, "log", lambda n: n == moment and os.kill(os.getpid(), signal.SIGKILL))
+        if ended(pid) == -signal.SIGKILL:
+            return moment
+        shutil.rmtree(arguments[-1])
+
+
 def main():
     folder, seed, moments, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
     os.chdir(folder)
-    counts = os.open("operations", os.O_WRONLY | os.O_CREAT)
-    began = time.monotonic()
-    assert (
-        ended(start([*arguments, "--output", "whole"], "log", lambda n: os.pwrite(counts, b"%9d" % n, 0)))
-        == 0
-    )
-    seconds = time.monotonic() - began
-    operations = int(Path("operations").read_text())
-    print(json.dumps({"sha256": sha256("whole"), "seconds": seconds, "operations": operations}), flush=True)
+    whole_run(arguments)  # what is slow the first time is not measured
+    seconds, operations, adapter = whole_run(arguments)
+    print(json.dumps({"sha256": adapter, "seconds": seconds, "operations": operations}), flush=True)
     for number in range(moments):
-        chance = random.Random(f"{seed} {number}")
         output = f"out{number}"
         again = [*arguments, "--output", output]
-        if number % 2:
-            moment = chance.randint(1, operations)
-            pid = start(
-                again, "log", lambda n, moment=moment: n == moment and os.kill(os.getpid(), signal.SIGKILL)
-            )
-        else:
-            moment = chance.uniform(0.2, 1.0) * seconds
-            pid = start(again, "log")
-            time.sleep(moment)
-            os.kill(pid, signal.SIGKILL)
-        killed = ended(pid)
+        chance = random.Random(f"{seed} {number}")
+        moment = killed_run(again, chance, number % 2 == 0, seconds, operations)
         left = sorted(
             path.name for path in Path(output).rglob("*") if path.is_dir() or path.suffix == ".json"
         )
@@ -122,9 +133,9 @@ def main():
             assert code == 1
             code = ended(start(again, "log"))
         assert code == 0, Path("log").read_text()
-        line = {"moment": moment, "killed": killed == -signal.SIGKILL, "left": left, "whole": len(found)}
         extra = [str(path) for path in Path(output).rglob("*.*") if path.suffix in (".part", ".old")]
-        print(json.dumps({**line, "extra": extra, "sha256": sha256(output)}), flush=True)
+        line = {"moment": moment, "left": left, "whole": len(found), "extra": extra}
+        print(json.dumps({**line, "sha256": sha256(output)}), flush=True)
         shutil.rmtree(output)
 
 

@@ -195,7 +195,7 @@ def test_an_optimizer_that_would_run_code_is_not_unpickled(arguments, stopped, t
 
     folder, _, _ = stopped
     place = checkpoints.places(folder / "qlora_output")[0]
-    (place / "optimizer.pt").write_bytes(pickle.dumps({"optimizer": Evil()}))
+    (place / "optimizer.pt").write_bytes(pickle.dumps({"optimizer": Evil()}, protocol=2))
     manifest = json.loads((place / "manifest.json").read_text())
     manifest["sha256"]["optimizer.pt"] = hashlib.sha256((place / "optimizer.pt").read_bytes()).hexdigest()
     manifest["seal"] = checkpoints.seal(manifest)  # as one would who knows how
@@ -372,8 +372,8 @@ def test_killed_at_fifty_moments_each_goes_on_to_the_same_adapter(arguments, tmp
         assert {end["sha256"] for end in ends} == {run["sha256"]}
         moments += ends
     assert len(moments) == KILLED_AT
-    assert sum(moment["killed"] for moment in moments) > 0.8 * KILLED_AT  # the others had ended
     assert not any(moment["extra"] for moment in moments)
+    assert sum(moment["whole"] > 0 for moment in moments) > 0.4 * KILLED_AT
     left = {name for moment in moments for name in moment["left"]}
     assert any(name.endswith(".part") and name.startswith("step-") for name in left), "none in a checkpoint"
     assert "adapter.part" in left, "none in the final write"
