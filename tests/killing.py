@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -95,6 +96,11 @@ def whole_run(arguments):
     return seconds, int(Path("operations").read_text()), adapter
 
 
+def kill_at(moment, number):
+    if number == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def killed_run(arguments, chance, by_clock, seconds, operations):
     """Starts a run and kills it at a moment by chance, again if it had ended before; returns the moment."""
     while True:
@@ -105,7 +111,7 @@ def killed_run(arguments, chance, by_clock, seconds, operations):
             os.kill(pid, signal.SIGKILL)
         else:
             moment = chance.randint(1, operations)
-            pid = start(arguments, "log", lambda n: n == moment and os.kill(os.getpid(), signal.SIGKILL))
+            pid = start(arguments, "log", partial(kill_at, moment))
         if ended(pid) == -signal.SIGKILL:
             return moment
         shutil.rmtree(arguments[-1])
@@ -122,9 +128,7 @@ def main():
         again = [*arguments, "--output", output]
         chance = random.Random(f"{seed} {number}")
         moment = killed_run(again, chance, number % 2 == 0, seconds, operations)
-        left = sorted(
-            path.name for path in Path(output).rglob("*") if path.is_dir() or path.suffix == ".json"
-        )
+        left = sorted({path.name for path in Path(output).rglob("*") if path.is_dir()})
         found = checkpoints.places(output)
         code = ended(start([*again, "--resume"], "log"))
         log = Path("log").read_text()

@@ -185,7 +185,7 @@ def test_killed_three_times_the_real_weights_go_on_to_the_same_adapter(rehearsed
     lines = few_rows.read_text().splitlines(keepends=True)
     (folder / "eight.json").write_text("".join(lines[:4] + lines[-4:]))
     result = python(
-        *(ROOT / "tests/killing.py", folder, "real", 3, "--rehearse", "--data", "eight.json", "--epochs", 4),
+        *(ROOT / "tests/killing.py", folder, "real", 3, "--rehearse", "--data", "eight.json", "--epochs", 3),
         folder=folder,
     )
     assert result.returncode == 0
