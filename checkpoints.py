@@ -8,7 +8,9 @@ import io
 import json
 import re
 import shutil
-from copy import copy
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from pathlib import Path
 
 import whole_files
@@ -49,29 +51,62 @@ def seal(manifest):
 # ------------------------------------------------------------------------------------------- writing
 
 
-def write(output, config, weights, best, optimizer, facts):
-    """Writes the checkpoint of facts["step"] and removes those that need not be kept; returns its folder.
+@contextmanager
+def writer(output, config, facts, say):
+    """Gives (save, settle): save(history, weights, best, states) has a checkpoint written beside training.
 
-    config is a PeftConfig; weights and best are {name: tensor}, best None if it is the weights or not known;
-    optimizer is what torch can save and load with weights_only; facts go into the manifest as they are.
-    Raises OSError if it cannot be written; those before it are then as they were.
+    weights and best are {name: tensor}, best None if it is the weights or not known; states are what torch
+    can save and load with weights_only. settle() waits until it is written, and says so if it cannot be.
     """
+    pending = []
+
+    def settle():
+        while pending:
+            step, writing = pending.pop()
+            try:
+                writing.result()
+            except OSError as error:
+                reason = f"could not be written ({error.strerror})"
+                say(f"warning    the checkpoint of step {step} {reason}; training goes on without it")
+
+    def save(history, weights, best, states):
+        files = snapshot(weights, best, states)
+        now = deepcopy({**facts, "step": len(history["losses"]), "history": history})
+        settle()
+        pending.append((now["step"], pool.submit(write, output, config, files, now)))
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield save, settle
+        settle()
+
+
+def snapshot(weights, best, states):
+    """Returns {file: bytes} of a checkpoint as things are now."""
     import torch
 
-    place = Path(output, FOLDER, f"step-{facts['step']:06}")
-    part = whole_files.aside(place)
     files = {WEIGHTS: serialised(weights)}
     if best is not None:
         files[BEST] = serialised(best)
     stream = io.BytesIO()
-    torch.save(optimizer, stream)
+    torch.save(states, stream)
     files[OPTIMIZER] = stream.getvalue()
+    return files
+
+
+def write(output, config, files, facts):
+    """Writes the checkpoint of facts["step"] and removes those that need not be kept.
+
+    config is a PeftConfig, files are {name: bytes}, facts go into the manifest as they are.
+    Raises OSError if it cannot be written; those before it are then as they were.
+    """
+    place = Path(output, FOLDER, f"step-{facts['step']:06}")
+    part = whole_files.aside(place)
     try:
         part.mkdir(parents=True)
         for name, data in files.items():
             (part / name).write_bytes(data)
         write_config(config, part)
-        files[CONFIG] = (part / CONFIG).read_bytes()
+        files = {**files, CONFIG: (part / CONFIG).read_bytes()}
         manifest = {**facts, "sha256": {name: sha256(data) for name, data in files.items()}}
         manifest["seal"] = seal(manifest)
         (part / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -83,7 +118,6 @@ def write(output, config, weights, best, optimizer, facts):
         shutil.rmtree(part, ignore_errors=True)
         raise
     prune(output, facts["step"], facts["history"]["kept_step"])
-    return place
 
 
 def serialised(tensors):

@@ -9,6 +9,12 @@ BYTES_A_WEIGHT = {4: 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK), 8: 1.0}
 # the hidden state are kept beside one a layer.
 BYTES_A_LOGIT = 13.2
 HIDDEN_BESIDE_LAYERS = 10
+# Without checkpointing (cuda_graphs.py): what is kept of a token, in widths of hidden state and MLP a layer;
+# what a logit takes while its gradient is worked out; what 8-bit layers take beside (bytes).
+KEPT = 7
+BYTES_A_KEPT_LOGIT = 10
+BESIDE = {4: 0, 8: 0.2 * 2**30}
+MOST = 4096  # tokens; a mask is as large as their square
 RESERVED = 1.08  # what torch takes from the card for what it allocates
 CONTEXT = 0.6 * 2**30  # bytes: CUDA's own, and the pages of the optimizer's state (60 MB on 4B)
 USABLE = 0.95  # of a card's nominal memory: the driver and a desktop have the rest
@@ -75,11 +81,37 @@ def peak(d, bits, rank, tokens, trained_at_once, several):
     tokens: of the largest micro-batch, rows × longest row; trained_at_once: of these, how many get logits at
     the same time; several: whether a step has more than one micro-batch, whose gradients stay meanwhile.
     """
-    weights = (text_weights(d) + vision_weights(d)) * BYTES_A_WEIGHT[bits] + 2 * plain_weights(d)
-    lora = 4 * lora_weights(d, rank)  # fp32, and so are their gradients
     activations = 2 * d.hidden * (d.layers + HIDDEN_BESIDE_LAYERS) * tokens
     logits = BYTES_A_LOGIT * d.vocabulary * trained_at_once
-    return weights + lora * (2 if several else 1) + activations + logits
+    return fixed(d, bits, rank) - 4 * lora_weights(d, rank) * (not several) + activations + logits
+
+
+def fixed(d, bits, rank):
+    """Returns the bytes of the quantised model, of LoRA in fp32 and of its gradients."""
+    weights = (text_weights(d) + vision_weights(d)) * BYTES_A_WEIGHT[bits] + 2 * plain_weights(d)
+    return weights + 2 * 4 * lora_weights(d, rank)
+
+
+class Plan(NamedTuple):
+    """How many tokens a micro-batch may have: that keeps all activations, and with layers checkpointed."""
+
+    tokens: int
+    checkpointed: int
+
+
+def plan(d, bits, rank, budget, trained_at_once):
+    """Returns the Plan for `budget` bytes of reserved memory."""
+    room = budget / RESERVED - fixed(d, bits, rank) - BESIDE[bits]
+    kept = KEPT * 2 * (d.hidden + d.intermediate) * d.layers
+    tokens = (room - BYTES_A_KEPT_LOGIT * d.vocabulary * trained_at_once) / kept
+    again = 2 * d.hidden * (d.layers + HIDDEN_BESIDE_LAYERS)
+    checkpointed = (room - BYTES_A_LOGIT * d.vocabulary * trained_at_once) / again
+    return Plan(min(MOST, max(0, int(tokens))), min(MOST, max(0, int(checkpointed))))
+
+
+def least(d, bits, rank, tokens, trained_at_once):
+    """Returns the bytes of reserved memory that a row of so many tokens takes at least."""
+    return (peak(d, bits, rank, tokens, trained_at_once, True) + BESIDE[bits]) * RESERVED
 
 
 def fits(allocated, card):

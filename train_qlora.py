@@ -20,13 +20,16 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import adapter_folder
 import chat_rows
 import checkpoints
+import cuda_graphs
 import download_model
 import machine
+import memory_estimate
 import whole_files
 from machine import RunError
 
@@ -213,6 +216,12 @@ def micro_batches(examples, processes=1, process=0, tokens=None):
     return pack(ordered, length, tokens or TOKENS_PER_MICRO_BATCH)
 
 
+def padded_sizes(examples, state, tokens=None):
+    """Returns [(rows, tokens), …] of this process's micro-batches."""
+    batches = micro_batches(examples, state.num_processes, state.process_index, tokens)
+    return [(len(batch), len(batch) * len(batch[0]["input_ids"])) for batch in batches]
+
+
 def pad(examples, pad_id, device):
     """Returns input_ids, attention_mask, labels as tensors (rows, longest row); pads are masked in both."""
     import torch
@@ -328,7 +337,7 @@ def losses_and_guesses(model, batch):
         # The text model alone: the multimodal class around it would ask for the type of every token.
         hidden = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         hidden = hidden[:, :-1][trained]
-        if not base.is_gradient_checkpointing:
+        if torch.is_grad_enabled() and not base.is_gradient_checkpointing:
             return chunk(hidden, targets)
         chunks = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
         results = [checkpoint(chunk, *pair, use_reentrant=False) for pair in chunks]
@@ -352,16 +361,16 @@ def trained_tokens(examples):
     return sum(label != -100 for e in examples for label in e["labels"][1:])
 
 
-def add_gradients(model, examples, pad_id, state, tokens=None):
+def add_gradients(model, examples, pad_id, state, tokens=None, total=None):
     """Adds this process's part of the gradient of a step's mean loss to the LoRA weights, and returns the
     same part of that loss, as a tensor.
 
     The loss is summed and divided by the trained tokens of the whole step, so micro-batches and processes
-    of any size give the same gradient.
+    of any size give the same gradient. `total` is that number, where these are not all examples of the step.
     """
     import torch
 
-    total = trained_tokens(examples)
+    total = total or trained_tokens(examples)
     loss = torch.zeros((), device=state.device)
     for batch in micro_batches(examples, state.num_processes, state.process_index, tokens):
         part = losses_and_guesses(model, pad(batch, pad_id, state.device))[0] / total
@@ -383,10 +392,10 @@ def add_up(loss, weights, state):
     return loss.item()
 
 
-def within_memory(work, examples, state, tokens):
+def within_memory(work, cut, state, tokens):
     """Returns (work(tokens), tokens); where the GPU's memory is full, halves `tokens` and does it again.
 
-    Raises RunError where a micro-batch of one row is too large.
+    cut(tokens=…) gives [(rows, tokens), …] of the micro-batches. Raises RunError if one row is too large.
     """
     import torch
 
@@ -398,16 +407,16 @@ def within_memory(work, examples, state, tokens):
         # Not within `except`: there the error would hold on to all that the work had in memory.
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
-        batches = micro_batches(examples, state.num_processes, state.process_index, tokens)
-        sizes = [len(batch) * max(len(e["input_ids"]) for e in batch) for batch in batches]
-        several = [size for size, batch in zip(sizes, batches, strict=True) if len(batch) > 1]
+        sizes = cut(tokens=tokens)
+        largest = max(size for _, size in sizes)
+        several = [size for rows, size in sizes if rows > 1]
         if not several:
             raise RunError(
-                f"the GPU's memory is full with one row of {max(sizes)} tokens ({reason}); train with "
+                f"the GPU's memory is full with one row of {largest} tokens ({reason}); train with "
                 "--bits 4, close what else runs on it (nvidia-smi), shorten that row, or take a larger GPU"
             )
         tokens = max(several) // 2
-        say(f"memory     full with {max(sizes)} tokens at a time; the same again with {tokens} at most")
+        say(f"memory     full with {largest} tokens at a time; the same again with {tokens} at most")
 
 
 def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, asked=()):
@@ -467,20 +476,16 @@ def make_optimizer(weights, learning_rate, steps, device):
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps(steps), steps)
 
 
-def check_loss(what, loss, limit, step, learning_rate, checkpoint):
-    """Raises RunError if what a step gave, a loss or the norm of a gradient, is not finite or over `limit`.
-
-    checkpoint: the folder of the last one, or None.
-    """
+def check_loss(what, loss, limit, step, learning_rate):
+    """Raises RunError if what a step gave, a loss or a gradient's norm, is not finite or over `limit`."""
     if math.isfinite(loss) and loss <= limit:
         return
     cause = f"the learning rate {learning_rate:g} is too high"
     cure = f"start afresh with --overwrite --learning-rate {learning_rate / 10:g}"
     if step == 1:
         cause, cure = "the base model's weights are damaged", "fetch them anew"
-    kept = f"the last checkpoint before it is {checkpoint}" if checkpoint else "no checkpoint was written yet"
     problem = "explodes" if math.isfinite(loss) else "is not finite"
-    raise RunError(f"step {step}: the {what} ({loss:.4g}) {problem}; most likely {cause}: {cure}; {kept}")
+    raise RunError(f"step {step}: the {what} ({loss:.4g}) {problem}; most likely {cause}: {cure}")
 
 
 def any_asked(asked, state):
@@ -495,13 +500,15 @@ def any_asked(asked, state):
 
 
 def train(
-    model, examples, training, validation, calls, tokenizer, args, state, found=None, save=None, asked=()
-):
+    model, examples, training, validation, calls, tokenizer, args, state,
+    found=None, save=None, asked=(), plan=None,
+):  # fmt: skip
     """Trains the LoRA weights and leaves those in the model that decided most validation rows right.
 
     found: a checkpoint to go on from, as checkpoints.newest gives it.
-    save(history, adapter, best, states): writes a checkpoint and returns its folder, or None; called after
-    each epoch, and before stopping as soon as `asked` has anything in it.
+    save(history, adapter, best, states): writes a checkpoint; called after each epoch, and before stopping as
+    soon as `asked` has anything in it.
+    plan: a memory_estimate.Plan, to train by CUDA graphs.
 
     Returns what happened: steps, losses by step, evaluations by epoch, the kept step; None if it was stopped.
     """
@@ -519,14 +526,23 @@ def train(
     steps = per_epoch * args.epochs
     optimizer, schedule = make_optimizer(weights, args.learning_rate, steps, state.device)
     history = {"steps": steps, "warmup_steps": warmup_steps(steps), "kept_step": steps}
-    history |= {"losses": [], "evaluations": [], "resumed_at": [], "seconds": 0.0}
-    best = checkpoint = None
+    history |= {"losses": [], "evaluations": [], "resumed_at": [], "seconds": 0.0, "step_seconds": []}
+    best = None
     if found:
         history, best = checkpoints.restore(found, adapter, optimizer, schedule)
         history["resumed_at"].append(len(history["losses"]))
     losses, evaluations = history["losses"], history["evaluations"]
     done, seconds, started = len(losses), history["seconds"], time.perf_counter()
-    tokens, step = TOKENS_PER_MICRO_BATCH, 0
+    step, tokens, tokens_evaluated = 0, TOKENS_PER_MICRO_BATCH, TOKENS_PER_MICRO_BATCH
+    plain = partial(add_gradients, model, pad_id=pad_id, state=state)
+    add, sizes = plain, partial(padded_sizes, state=state)
+    if plan:
+        tokens = plan.tokens
+        tokens_evaluated = plan.tokens or plan.checkpointed
+        ahead = [numbers for epoch in range(args.epochs) for numbers in steps_of(epoch + 1, training)]
+        add, sizes = cuda_graphs.make(
+            model, weights, examples, ahead, plan, plain, pad_id, state, LOGITS_AT_ONCE
+        )
     bar = tqdm(
         total=steps, initial=done, desc="training", unit="step", disable=not state.is_main_process,
         dynamic_ncols=True,
@@ -534,19 +550,19 @@ def train(
 
     def keep():
         if save is None:
-            return None
+            return
         history["seconds"] = round(seconds + time.perf_counter() - started, 1)
         states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        return save(history, adapter, best if history["kept_step"] != step else None, states) or checkpoint
+        save(history, adapter, best if history["kept_step"] != step else None, states)
 
     def check(what, value, limit):
-        check_loss(what, value, limit, step, args.learning_rate, checkpoint)
+        check_loss(what, value, limit, step, args.learning_rate)
 
     def gradients(tokens):
-        optimizer.zero_grad()  # of a try that found the memory full
+        optimizer.zero_grad(set_to_none=False)  # of a try that found the memory full
         # A step's dropout depends on nothing that came before it, an evaluation least of all.
         torch.manual_seed(SEED + step * state.num_processes + state.process_index)
-        return add_gradients(model, rows, pad_id, state, tokens)
+        return add(rows, tokens=tokens)
 
     def evaluation(tokens):
         return evaluate(model, held_out, held_out_calls, call_token, pad_id, state, tokens, asked)
@@ -558,16 +574,18 @@ def train(
                 step += 1
                 if step <= done:
                     continue
+                begun = time.perf_counter()
                 rows = [examples[i] for i in numbers]
-                loss, tokens = within_memory(gradients, rows, state, tokens)
+                loss, tokens = within_memory(gradients, partial(sizes, rows), state, tokens)
                 loss = add_up(loss, weights, state)
                 norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM).item()
                 check("loss", loss, EXPLODED * max([guessing, *losses[:1]]))
                 check("gradient", norm, math.inf)
                 optimizer.step()
                 schedule.step()
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=False)
                 losses.append(loss)
+                history["step_seconds"].append(round(time.perf_counter() - begun, 4))
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
                 if step % per_epoch and any_asked(asked, state):
@@ -578,7 +596,8 @@ def train(
                 continue
             line = f"epoch {epoch:>2}/{args.epochs}  step {step:>3}  training loss {losses[-1]:.3f}"
             if validation:
-                result, tokens = within_memory(evaluation, held_out, state, tokens)
+                cut = partial(padded_sizes, held_out, state)
+                result, tokens_evaluated = within_memory(evaluation, cut, state, tokens_evaluated)
                 if result is None:
                     keep()
                     return None
@@ -590,7 +609,7 @@ def train(
                     history["kept_step"] = step
                 evaluations.append({"epoch": epoch, "step": step, "loss": loss, "right": right})
             say(line)
-            checkpoint = keep()
+            keep()
             if epoch < args.epochs and any_asked(asked, state):
                 return None
     if best:
@@ -630,6 +649,12 @@ def parse_arguments():
         help=f"(default: {LEARNING_RATE:g}, with --rehearse {REHEARSAL_LEARNING_RATE:g})",
     )
     parser.add_argument(
+        "--memory",
+        type=positive(float),
+        metavar="GIB",
+        help="train by CUDA graphs, within so much of the GPU's memory (default: without)",
+    )
+    parser.add_argument(
         "--rehearse",
         action="store_true",
         help=f"train on the CPU, by default the small Gemma 3 in ./{download_model.SMALL_FOLDER}",
@@ -642,6 +667,8 @@ def parse_arguments():
         "--overwrite", action="store_true", help="start afresh where the output folder has an unfinished run"
     )
     args = parser.parse_args()
+    if args.rehearse and args.memory:
+        parser.error("--memory is a GPU's, and --rehearse uses none")
     args.model = args.model or (f"./{download_model.SMALL_FOLDER}" if args.rehearse else base)
     args.learning_rate = args.learning_rate or (REHEARSAL_LEARNING_RATE if args.rehearse else LEARNING_RATE)
     return args
@@ -735,6 +762,7 @@ def tune(args, rows):
     tokens, trained = sum(lengths), trained_tokens(examples)
     say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
 
+    plan = plan_memory(args, folder, max(lengths), min(LOGITS_AT_ONCE, trained)) if args.memory else None
     say(f"model      {args.model} in {args.bits} bits on {machine.device_name(state.device)}")
     started = time.perf_counter()
     torch.manual_seed(SEED)  # LoRA's first weights
@@ -742,6 +770,8 @@ def tune(args, rows):
     model.peft_config["default"].base_model_name_or_path = args.model
     if not args.rehearse or REHEARSAL_CHECKPOINTING:
         checkpoint_layers(model)
+    if plan:
+        cuda_graphs.prepare(model)
     loaded = time.perf_counter()
     if is_main():
         model.print_trainable_parameters()
@@ -751,28 +781,27 @@ def tune(args, rows):
     elif is_main() and (earlier := adapter_folder.make_room(args.output)):
         say(f"earlier    the adapter that was in {args.output} is now in {earlier}")
 
-    def save(history, adapter, best, states):
-        if not is_main():
-            return None
-        now = {**facts, "step": len(history["losses"]), "history": history}
-        config = model.peft_config["default"]
-        try:
-            return checkpoints.write(args.output, config, adapter, best, states, now)
-        except OSError as error:
-            reason = f"could not be written ({error.strerror})"
-            say(f"warning    the checkpoint of step {now['step']} {reason}; training goes on without it")
-            return None
-
-    with whole_files.asked_to_stop() as asked:
+    config = model.peft_config["default"]
+    with (
+        whole_files.asked_to_stop() as asked,
+        checkpoints.writer(args.output, config, facts, say) as (save, settle),
+    ):
         try:
             history = train(
                 *(model, examples, training, validation, calls, tokenizer, args, state),
-                *(found, save, asked),
+                *(found, save if is_main() else None, asked, plan),
             )
-        except Exception as error:
-            if is_main() and checkpoints.places(args.output) and not isinstance(error, RunError):
+        except RunError as error:
+            settle()
+            places = checkpoints.places(args.output)
+            kept = f"the last checkpoint is {places[0]}" if places else "no checkpoint was written yet"
+            raise RunError(f"{error}; {kept}") from error
+        except Exception:
+            settle()
+            if is_main() and checkpoints.places(args.output):
                 print(f"the checkpoints are kept; go on with: {command(args)}", file=sys.stderr)
             raise
+        settle()
         state.destroy_process_group()
         if history is None:
             stop(args, asked)
@@ -817,6 +846,34 @@ def tune(args, rows):
     say(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
     say(f"adapter    {args.output}, of step {history['kept_step']}; its curves: {args.output}/loss.png")
     say(f"next       {next_command(args)}")
+
+
+def plan_memory(args, folder, longest, trained_at_once):
+    """Returns the Plan for --memory, and has the process take no more; raises RunError for too little."""
+    import torch
+
+    if machine.gpu_dtype() != torch.bfloat16:
+        raise RunError(
+            "--memory needs a GPU with bf16: an L4, an A10, an RTX 30xx or newer; leave it out here"
+        )
+    free, total = torch.cuda.mem_get_info()
+    budget = args.memory * 2**30
+    if budget > free:
+        there = f"{free / 2**30:.1f} GiB are free on this GPU"
+        raise RunError(f"--memory {args.memory:g}: {there}; name less, or close what else runs (nvidia-smi)")
+    d = memory_estimate.dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
+    plan = memory_estimate.plan(d, args.bits, LORA_R, budget, trained_at_once)
+    if max(plan.tokens, plan.checkpointed) < longest:
+        least = memory_estimate.least(d, args.bits, LORA_R, longest, trained_at_once)
+        needed = f"{args.bits} bits and a row of {longest} tokens take {least / 2**30:.1f}"
+        cure = "take a larger GPU, --bits 4 or shorter rows"
+        raise RunError(f"{budget / 2**30:.1f} GiB of GPU memory are too little: {needed}; {cure}")
+    torch.cuda.set_per_process_memory_fraction(budget / total)
+    how = f"{plan.tokens} tokens at once, as CUDA graphs"
+    if plan.tokens < longest:
+        how += f"; longer rows {plan.checkpointed} at once, their layers computed anew for the gradient"
+    say(f"memory     {budget / 2**30:.1f} GiB at most: {how}")
+    return plan
 
 
 def find_checkpoint(args, facts):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -116,7 +117,8 @@ def test_the_best_one_is_kept_and_written_beside_later_ones(tiny_text_model, tmp
     for step in (2, 4, 6, 8, 10):
         best = {n: w + 1 for n, w in weights.items()} if step > 4 else None
         history = {"kept_step": min(step, 4), "evaluations": [{}]}
-        checkpoints.write(tmp_path, config, weights, best, {}, {"step": step, "history": history})
+        files = checkpoints.snapshot(weights, best, {})
+        checkpoints.write(tmp_path, config, files, {"step": step, "history": history})
     assert names(tmp_path / "checkpoints") == ["step-000004", "step-000008", "step-000010"]
     later = load_file(tmp_path / "checkpoints/step-000010/best.safetensors")
     assert all(torch.equal(later[n], w + 1) for n, w in weights.items())
@@ -532,7 +534,8 @@ def test_the_gradient_of_a_step_done_again_is_not_added_twice(
         model.zero_grad()
         return train_qlora.add_gradients(model, examples, 0, CPU, tokens)
 
-    _, tokens = train_qlora.within_memory(work, examples, CPU, 200)
+    sizes = partial(train_qlora.padded_sizes, examples, CPU)
+    _, tokens = train_qlora.within_memory(work, sizes, CPU, 200)
     assert tokens < 200
     assert torch.allclose(gradient(model), want, rtol=1e-4, atol=1e-8)
 
@@ -544,7 +547,7 @@ def test_at_one_row_it_gives_up_with_the_numbers_and_what_to_change(arguments, m
     assert re.fullmatch(
         r"the GPU's memory is full with one row of \d+ tokens \(CUDA out of memory. Tried to allocate 20.00 "
         r"MiB.\); train with --bits 4, close what else runs on it \(nvidia-smi\), shorten that row, or take "
-        r"a larger GPU",
+        r"a larger GPU; no checkpoint was written yet",
         errors.splitlines()[-1],
     )
     assert names(tmp_path) == []
@@ -642,7 +645,7 @@ def test_a_loss_that_is_not_finite_or_explodes_stops_and_the_last_checkpoint_sta
     assert code == 1
     assert errors.splitlines()[-1] == (
         f"step 5: the loss ({loss:.4g}) {problem}; most likely the learning rate 0.003 is too high: start "
-        "afresh with --overwrite --learning-rate 0.0003; the last checkpoint before it is "
+        "afresh with --overwrite --learning-rate 0.0003; the last checkpoint is "
         "qlora_output/checkpoints/step-000004"
     )
     manifest, _ = checkpoints.newest(tmp_path / "qlora_output", pytest.fail)
@@ -659,7 +662,7 @@ def test_at_the_first_step_the_model_is_to_blame():
     with pytest.raises(
         machine.RunError, match=r"^step 1: .* most likely the base model's weights are damaged: "
     ):
-        train_qlora.check_loss("loss", float("nan"), 10, 1, 1e-4, None)
+        train_qlora.check_loss("loss", float("nan"), 10, 1, 1e-4)
 
 
 # ------------------------------------------------------------------------------- two runs, strangers

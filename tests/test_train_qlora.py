@@ -456,7 +456,7 @@ def test_the_warm_up_takes_ten_steps_and_never_more_than_a_quarter(
     monkeypatch.setattr(
         train_qlora,
         "add_gradients",
-        lambda model, *_: (
+        lambda model, *_, **__: (
             [setattr(p, "grad", torch.ones_like(p)) for p in model.parameters() if p.requires_grad]
             and torch.tensor(1.0)
         ),
@@ -516,6 +516,33 @@ def test_a_gpu_too_old_is_refused(monkeypatch):
     fake_cuda(monkeypatch, capability=(6, 1))
     with pytest.raises(machine.RunError, match=r"too old \(compute capability 6.1\)"):
         machine.gpu_dtype()
+
+
+def test_what_fits_the_memory_is_said_and_what_does_not_is_refused(monkeypatch, tmp_path, capsys):
+    fake_cuda(monkeypatch)
+    shares = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (22 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    random_gemma_4b.config().save_pretrained(tmp_path)
+
+    def plan(memory, longest, bits=4):
+        args = SimpleNamespace(memory=memory, bits=bits)
+        return train_qlora.plan_memory(args, tmp_path, longest, 128)
+
+    assert plan(12, 49).tokens > plan(6, 49).tokens > 49
+    assert shares == [0.5, 0.25]
+    assert plan(6, 2048).checkpointed >= 2048
+    assert "6.0 GiB at most: 355 tokens at once, as CUDA graphs; longer rows " in capsys.readouterr().out
+    for arguments, says in [
+        ((23, 49), r"--memory 23: 22.0 GiB are free on this GPU; name less"),
+        ((3, 49), r"3.0 GiB of GPU memory are too little: 4 bits and a row of 49 tokens take 3.9; take"),
+        ((5, 49, 8), r"5.0 GiB of GPU memory are too little: 8 bits and a row of 49 tokens take 5.9; take"),
+    ]:
+        with pytest.raises(machine.RunError, match=says):
+            plan(*arguments)
+    fake_cuda(monkeypatch, capability=(7, 5), bf16=False)
+    with pytest.raises(machine.RunError, match="--memory needs a GPU with bf16"):
+        plan(12, 49)
 
 
 # ------------------------------------------------------------------------------------------ commands
@@ -733,6 +760,8 @@ def test_without_a_gpu_one_line_and_exit_1(tmp_path):
         (["--bits", "5"], "--bits: invalid choice: 5"),
         (["--epochs", "0"], "--epochs: invalid positive int value: '0'"),
         (["--learning-rate", "nan"], "--learning-rate: invalid positive float value: 'nan'"),
+        (["--memory", "-1"], "--memory: invalid positive float value: '-1'"),
+        (["--memory", "8", "--rehearse"], "--memory is a GPU's, and --rehearse uses none"),
         (["--fp16"], "unrecognized arguments: --fp16"),
     ],
 )

@@ -1,0 +1,362 @@
+"""Training as fast as the GPU is: a micro-batch's forward and backward pass as one CUDA graph.
+
+A micro-batch of Gemma-3-4b is 13,000 kernels, launched one by one from Python: half a second for what takes
+the GPU a tenth of it. A captured graph launches them at once, but is bound to the shapes of its tensors. So
+the rows of a micro-batch are packed: one after the other in a sequence of one of a few lengths, each
+attending to itself alone. Only the sequence's end is padded, and no layer is computed anew for its gradient.
+"""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+PARTS = 16  # the lengths of packed sequences are multiples of a sixteenth of the longest one
+ALIGNED = 8  # tokens; attention with a mask wants lengths that are multiples of it
+PADDED = 0.045  # share of all tokens: a further length is captured while more of them are padding
+SELDOM = 3  # a length used so often, or less, is not worth its capture (a second) and runs without
+
+
+# --------------------------------------------------------------------------------------------- packing
+
+
+def pack(examples, tokens):
+    """Cuts examples into lists of at most `tokens` tokens, the longest first, each into the first with room.
+
+    An example longer than that is a list of its own.
+    """
+    packs, room = [], []
+    for example in sorted(examples, key=lambda e: len(e["input_ids"]), reverse=True):
+        size = len(example["input_ids"])
+        place = next((i for i, free in enumerate(room) if free >= size), len(packs))
+        if place == len(packs):
+            packs.append([])
+            room.append(tokens)
+        packs[place].append(example)
+        room[place] -= size
+    return packs
+
+
+def tokens_in(pack):
+    return sum(len(example["input_ids"]) for example in pack)
+
+
+def trained_in(pack):
+    return sum(label != -100 for example in pack for label in example["labels"][1:])
+
+
+def choose_lengths(sizes):
+    """Returns the fewest lengths, ascending, in which packs of these sizes are at most PADDED padding."""
+    step = ALIGNED * math.ceil(max(sizes) / PARTS / ALIGNED)
+    wanted = {step * math.ceil(size / step) for size in sizes}
+    chosen = [max(wanted)]
+
+    def padding(lengths):
+        return sum(min(length for length in lengths if length >= size) - size for size in sizes)
+
+    while padding(chosen) > PADDED * sum(sizes) and wanted - set(chosen):
+        chosen.append(min(sorted(wanted - set(chosen)), key=lambda length: padding([*chosen, length])))
+    return sorted(chosen)
+
+
+def tensors(pack, length, slots, pad_id):
+    """Returns what a packed micro-batch consists of, on the CPU.
+
+    input_ids, positions (each row's own), documents (which row; −1 where it is padded): (length,)
+    places, targets: (slots,), where a trained token is predicted, and that token; −100 where there is none.
+    """
+    import torch
+
+    ids, positions, documents, places, targets = [], [], [], [], []
+    for number, example in enumerate(pack):
+        start = len(ids)
+        for place, label in enumerate(example["labels"][1:]):
+            if label != -100:
+                places.append(start + place)
+                targets.append(label)
+        ids += example["input_ids"]
+        positions += range(len(example["input_ids"]))
+        documents += [number] * len(example["input_ids"])
+    rest, unused = length - len(ids), slots - len(places)
+    return {
+        "input_ids": torch.tensor(ids + [pad_id] * rest),
+        "positions": torch.tensor(positions + [0] * rest),
+        "documents": torch.tensor(documents + [-1] * rest),
+        "places": torch.tensor(places + [0] * unused),
+        "targets": torch.tensor(targets + [-100] * unused),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+def make_cross_entropy(at_once):
+    """Returns the function (hidden, head, targets) → summed cross entropy; its gradient is hidden's alone.
+
+    hidden: (tokens, width), head: (vocabulary, width), targets: (tokens,), −100 where there is none. The
+    gradient is worked out beside the loss, `at_once` tokens at a time: no logits are kept for it.
+    """
+    import torch
+
+    class CrossEntropy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, head, targets):
+            gradient = torch.empty_like(hidden)
+            loss = torch.zeros((), device=hidden.device)
+            parts = (tensor.split(at_once) for tensor in (hidden, targets, gradient))
+            for states, wanted, into in zip(*parts, strict=True):
+                counts = (wanted != -100).float()
+                wanted = wanted.clamp(min=0)[:, None]
+                logits = (states @ head.t()).float()
+                total = logits.logsumexp(-1)
+                loss += ((total - logits.gather(1, wanted)[:, 0]) * counts).sum()
+                chances = logits.sub_(total[:, None]).exp_()
+                chances.scatter_add_(1, wanted, chances.new_full(wanted.shape, -1.0))
+                into.copy_(chances.mul_(counts[:, None]).to(head.dtype) @ head)
+            ctx.save_for_backward(gradient)
+            return loss
+
+        @staticmethod
+        def backward(ctx, factor):
+            return ctx.saved_tensors[0] * factor, None, None
+
+    return CrossEntropy.apply
+
+
+def packed_loss(model, batch, cross_entropy):
+    """Returns the summed cross entropy of a packed micro-batch, given as `tensors` makes it."""
+    import torch
+
+    base = model.get_base_model()
+    dtype = base.get_input_embeddings().weight.dtype
+    documents, window = batch["documents"], model.config.get_text_config().sliding_window
+    place = torch.arange(len(documents), device=documents.device)
+    behind = place[:, None] - place[None, :]
+    seen = (documents[:, None] == documents[None, :]) & (behind >= 0)
+    masks = {}
+    for kind, mask in (("full_attention", seen), ("sliding_attention", seen & (behind < window))):
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        masks[kind] = added.masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
+    with torch.autocast(documents.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        decoder = base.get_decoder()
+        ids, positions = batch["input_ids"][None], batch["positions"][None]
+        hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=masks).last_hidden_state[0]
+    trained = hidden.index_select(0, batch["places"])
+    return cross_entropy(trained, base.get_output_embeddings().weight, batch["targets"])
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+def prepare(model):
+    """Has the model's layers compute the same in fewer kernels, keep less, and never wait for the GPU."""
+    keep_less(model)
+    wait_for_no_outlier(model)
+
+
+def keep_less(model):
+    """Has norms and gates keep their inputs alone for the backward pass, and compute the rest anew.
+
+    A norm of transformers 5.20 keeps three tensors in fp32 and is eight kernels; torch has one that is one.
+    """
+    import torch
+    from transformers.models.gemma3 import modeling_gemma3
+
+    def normed(values, epsilon):
+        return torch.nn.functional.rms_norm(values, values.shape[-1:], None, epsilon)
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values, scale, epsilon):
+            ctx.save_for_backward(values, scale)
+            ctx.epsilon = epsilon
+            return normed(values.float(), epsilon).mul_(scale).to(values.dtype)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            values, scale = ctx.saved_tensors
+            with torch.enable_grad():
+                whole = values.detach().float().requires_grad_()
+                result = torch.autograd.grad(normed(whole, ctx.epsilon), whole, gradient * scale)[0]
+            return result.to(values.dtype), None, None
+
+    class Gate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gate, values):
+            ctx.save_for_backward(gate, values)
+            return torch.nn.functional.gelu(gate, approximate="tanh").mul_(values)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            gate, values = ctx.saved_tensors
+            opened = torch.nn.functional.gelu(gate, approximate="tanh").mul_(gradient)
+            return torch.ops.aten.gelu_backward(gradient * values, gate, approximate="tanh"), opened
+
+    def norm(layer, scale, values):
+        return Norm.apply(values, scale, layer.eps)
+
+    def gated(layer, values):
+        return layer.down_proj(Gate.apply(layer.gate_proj(values), layer.up_proj(values)))
+
+    decoder = model.get_base_model().get_decoder()
+    for layer in decoder.modules():
+        if isinstance(layer, modeling_gemma3.Gemma3RMSNorm):
+            layer.forward = partial(norm, layer, 1 + layer.weight.detach().float())
+        elif isinstance(layer, modeling_gemma3.Gemma3MLP):
+            layer.forward = partial(gated, layer)
+
+
+def wait_for_no_outlier(model):
+    """Has 8-bit layers give bitsandbytes' product by tensors whose shapes depend on no value.
+
+    LLM.int8 (arXiv 2208.07339) multiplies the columns that have an outlier in 16 bits. bitsandbytes 0.50.2
+    waits for the GPU to tell which they are, and a graph cannot. Here all are so multiplied, the others as 0.
+    """
+    import bitsandbytes
+    import torch
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values, state):
+            ctx.state, shape = state, values.shape
+            values = values.reshape(-1, shape[-1])
+            half = values.half()
+            outliers = half.abs() >= state.threshold
+            columns = outliers.any(0)
+            rows, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(
+                half.masked_fill_(outliers, 0), 0.0
+            )
+            rows.masked_fill_(columns, 0)
+            dtype = values.dtype
+            product = torch.ops.bitsandbytes.int8_scaled_mm(rows, state.CB, scales, state.SCB, dtype=dtype)
+            product.addmm_(values.masked_fill(~columns, 0), dequantised(state, dtype).t())
+            return product.reshape(*shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient @ dequantised(ctx.state, gradient.dtype), None
+
+    def dequantised(state, dtype):
+        return state.CB.to(dtype).mul_(state.SCB[:, None] / 127)
+
+    def product(layer, values):
+        return Product.apply(values, layer.state)
+
+    for layer in model.get_base_model().get_decoder().modules():
+        if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            if layer.weight.CB is not None:
+                layer.init_8bit_state()
+            layer.forward = partial(product, layer)
+
+
+# ---------------------------------------------------------------------------------------------- graphs
+
+
+def make_runner(model, weights, packs, pad_id, device, logits_at_once):
+    """Returns run(pack, total): adds the gradient of a pack's summed loss / total, and returns that loss.
+
+    packs: [(tokens, trained tokens), …] of all that the run is going to give. The weights get gradients that
+    stay in their place: empty them with zeros.
+    """
+    import torch
+
+    sizes = [tokens for tokens, _ in packs]
+    lengths = choose_lengths(sizes)
+    uses = dict.fromkeys(lengths, 0)
+    for size in sizes:
+        uses[next(length for length in lengths if length >= size)] += 1
+    slots = ALIGNED * math.ceil(max(trained for _, trained in packs) / ALIGNED)
+    cross_entropy, graphs, warm = make_cross_entropy(logits_at_once), {}, []
+    pool = torch.cuda.graph_pool_handle()
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+
+    def compute(batch, scale):
+        loss = packed_loss(model, batch, cross_entropy) * scale
+        loss.backward()
+        return loss.detach()
+
+    def capture(batch, scale):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                loss = compute(batch, scale)
+        except RuntimeError as error:  # ending a capture that ran out of memory fails by another one
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(str(error.__context__)) from error
+            raise
+        return graph, batch, scale, loss
+
+    def run(pack, total):
+        length = next(length for length in lengths if length >= tokens_in(pack))
+        batch = {k: v.to(device, non_blocking=True) for k, v in tensors(pack, length, slots, pad_id).items()}
+        scale = torch.tensor(1 / total, device=device)
+        if not warm or uses[length] <= SELDOM:
+            warm.append(True)  # what is loaded at its first use is there now, which a capture must not do
+            return compute(batch, scale)
+        if length not in graphs:
+            graphs[length] = capture(batch, scale)
+        graph, static, static_scale, loss = graphs[length]
+        for name, tensor in batch.items():
+            static[name].copy_(tensor)
+        static_scale.copy_(scale)
+        graph.replay()
+        return loss.clone()
+
+    return run
+
+
+def cut(rows, tokens, state):
+    """Returns (packs, long): this process's rows of at most `tokens`, packed, and its longer ones."""
+    own = sorted(rows, key=lambda e: len(e["input_ids"]), reverse=True)[
+        state.process_index :: state.num_processes
+    ]
+    long = [e for e in own if len(e["input_ids"]) > tokens]
+    return pack(own[len(long) :], tokens), long
+
+
+def make(model, weights, examples, ahead, plan, plain, pad_id, state, logits_at_once):
+    """Returns (add, sizes): train_qlora's add_gradients by graphs, and what its micro-batches are.
+
+    ahead: the row numbers of every step of the run; plan: a memory_estimate.Plan; plain(rows, tokens=…,
+    total=…, state=…) computes rows that are longer than a graph's, with their layers checkpointed.
+    """
+    import torch
+
+    decoder, runners = model.get_base_model().get_decoder(), {}
+    alone = SimpleNamespace(device=state.device, num_processes=1, process_index=0)  # its rows are dealt out
+    # Rows as long as the real ones, without their tokens: there may be a hundred thousand.
+    rows = [{"input_ids": range(len(e["input_ids"])), "labels": range(trained_in([e]) + 1)} for e in examples]
+
+    def checkpoint(wanted):
+        for layer in decoder.layers:
+            layer.gradient_checkpointing = wanted
+
+    def runner(tokens):
+        if tokens not in runners:
+            runners.clear()  # memory was full
+            packs = [p for numbers in ahead for p in cut([rows[i] for i in numbers], tokens, state)[0]]
+            packs = [(tokens_in(p), trained_in(p)) for p in packs]
+            runners[tokens] = make_runner(model, weights, packs, pad_id, state.device, logits_at_once)
+        return runners[tokens]
+
+    def again(tokens):
+        return max(1, plan.checkpointed * tokens // max(1, plan.tokens))
+
+    def sizes(rows, tokens):
+        packs, long = cut(rows, tokens, state)
+        return [(len(p), tokens_in(p)) for p in packs] + [(1, len(e["input_ids"])) for e in long]
+
+    def add(rows, tokens):
+        packs, long = cut(rows, tokens, state)
+        total = trained_in(rows)
+        checkpoint(False)
+        parts = [runner(tokens)(p, total) for p in packs]
+        if long:
+            checkpoint(True)
+            parts.append(plain(long, tokens=again(tokens), total=total, state=alone))
+        return sum(parts, torch.zeros((), device=state.device))
+
+    return add, sizes

@@ -1,0 +1,95 @@
+"""Packed rows, their loss and the layers that keep less: the same numbers as the plain way, on a CPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train_qlora import CPU, awake, gradient, loaded
+from torch.nn.functional import cross_entropy
+
+import cuda_graphs
+import train_qlora
+
+
+def row(tokens, trained=1):
+    return {"input_ids": list(range(tokens)), "labels": [-100] * (tokens - trained) + [7] * trained}
+
+
+def test_packs_hold_every_row_once_and_no_more_than_they_may():
+    rows = [row(n) for n in (50, 7, 20, 30, 31, 90, 10, 49)]
+    packs = cuda_graphs.pack(rows, 100)
+    assert sorted(id(r) for pack in packs for r in pack) == sorted(map(id, rows))
+    sizes = [cuda_graphs.tokens_in(pack) for pack in packs]
+    assert max(sizes) <= 100
+    assert len(packs) == 3  # 287 tokens: fewer cannot be
+    assert [len(pack) for pack in cuda_graphs.pack([row(300), row(5)], 100)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [520, 540, 560, 600] * 10,
+        [49, 40, 30, 56] * 9,
+        [2048, 2040, 2001] * 50 + list(range(20, 2000, 30)),
+        [5],
+    ],
+)
+def test_few_lengths_little_padding(sizes):
+    lengths = cuda_graphs.choose_lengths(sizes)
+    assert lengths == sorted(set(lengths))
+    assert all(length % 8 == 0 for length in lengths)
+    assert max(sizes) <= lengths[-1] < max(sizes) + 8 + max(sizes) / 8
+    assert len(lengths) <= 16
+    padding = sum(min(n for n in lengths if n >= size) - size for size in sizes)
+    finest = sum(-size % 8 for size in sizes)
+    assert padding <= max(0.05 * sum(sizes), finest + 8 * len(sizes))
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer):
+    rows = train_qlora.load_data(train_qlora.Path(__file__).parent.parent / "examples.json")
+    return list(train_qlora.tokenise_rows("examples.json", rows, tokenizer))[:16]
+
+
+@pytest.mark.parametrize("tokens", [4096, 400, 160])
+def test_the_gradient_of_packed_rows_is_that_of_padded_ones(tiny_model, examples, tokens):
+    model = awake(loaded(tiny_model)).eval()  # no dropout
+    want_loss = train_qlora.add_gradients(model, examples, 0, CPU).item()
+    want = gradient(model)
+    total = train_qlora.trained_tokens(examples)
+    cuda_graphs.keep_less(model)
+    loss, entropy = 0.0, cuda_graphs.make_cross_entropy(100)
+    for pack in cuda_graphs.pack(examples, tokens):
+        length = 8 * -(-cuda_graphs.tokens_in(pack) // 8) + 8  # some padding
+        batch = cuda_graphs.tensors(pack, length, cuda_graphs.trained_in(pack) + 3, 0)
+        part = cuda_graphs.packed_loss(model, batch, entropy) / total
+        part.backward()
+        loss += part.item()
+    assert loss == pytest.approx(want_loss, rel=1e-5)
+    assert (gradient(model) - want).norm() / want.norm() < 1e-5
+
+
+def test_cross_entropy_and_its_gradient_are_torchs():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(23, 16, requires_grad=True), torch.randn(50, 16)
+    targets = torch.randint(50, (23,))
+    targets[[3, 9]] = -100
+    want = cross_entropy(hidden @ head.t(), targets, reduction="sum") * 0.3
+    want.backward()
+    wanted, hidden.grad = hidden.grad, None
+    loss = cuda_graphs.make_cross_entropy(10)(hidden, head, targets) * 0.3
+    loss.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    assert torch.allclose(hidden.grad, wanted, atol=1e-6)
+
+
+def test_long_rows_and_other_processes_rows(tiny_text_model, examples):
+    state = SimpleNamespace(device=torch.device("cpu"), num_processes=2, process_index=0)
+    both = []
+    for process in (0, 1):
+        state.process_index = process
+        packs, long = cuda_graphs.cut(examples, 100, state)
+        assert all(len(e["input_ids"]) > 100 for e in long)
+        assert all(cuda_graphs.tokens_in(pack) <= 100 for pack in packs)
+        both += [e for pack in packs for e in pack] + long
+    assert sorted(map(id, both)) == sorted(map(id, examples))
