@@ -1,0 +1,253 @@
+"""This project and its peers on the same rows, one after the other, each in a process of its own.
+
+    python benchmarks/run.py                                     on a CUDA GPU, at 4B dimensions
+    python benchmarks/run.py --model gemma-3-270m --epochs 1     on a CPU, where it only shows that it works
+
+Makes a random model of the 4B dimensions unless --model names one, trains it as this project, TRL and (if it
+is installed) Unsloth do, and writes benchmarks/results.md. A peer runs at the settings found fastest for it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import machine  # noqa: E402
+import train_qlora  # noqa: E402
+
+# Name, bits, and what of the GPU's memory may be taken (GiB); without a number, as it is without --memory.
+OURS = [
+    ("this project, within 20 GiB", 4, 20),
+    ("this project, within 8 GiB", 4, 8),
+    ("this project, within 5 GiB", 4, 5),
+    ("this project, without --memory", 4, None),
+    ("this project, within 20 GiB", 8, 20),
+    ("this project, without --memory", 8, None),
+]
+PEERS = {"trl": "TRL, 16×1, checkpointing", "unsloth": "Unsloth, 16×1, compiled"}
+
+
+def installed(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- peers
+
+
+def peer(args):
+    """Trains as a peer does, in this process, and writes what run.json has of ours to args.result."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    rows = train_qlora.load_data(args.data)
+    training, _ = train_qlora.split_rows(rows)
+    model, tokenizer, settings = {"trl": trl, "unsloth": unsloth}[args.peer](args)
+    examples = train_qlora.tokenise_rows(args.data, rows, tokenizer)
+    examples = [{k: examples[i][k] for k in ("input_ids", "labels")} for i in training]
+
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        seconds, losses, begun = [], [], 0.0
+
+        def on_step_begin(self, *_, **__):
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - self.begun)
+
+        def on_log(self, *_, logs=None, **__):
+            if "loss" in logs:
+                self.losses.append(logs["loss"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=train_qlora.ROWS_PER_STEP,
+            learning_rate=train_qlora.LEARNING_RATE,
+            lr_scheduler_type="cosine",
+            warmup_steps=train_qlora.WARMUP_STEPS,
+            max_grad_norm=train_qlora.MAX_GRAD_NORM,
+            optim="paged_adamw_8bit",
+            bf16=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            seed=train_qlora.SEED,
+            max_length=train_qlora.MAX_TOKENS,
+            **settings,
+        )
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list(examples), processing_class=tokenizer,
+            callbacks=[Clock()],
+        )  # fmt: skip
+        trainer.train()
+        trainer.save_model(folder)
+    result = {
+        "step_seconds": Clock.seconds,
+        "losses": Clock.losses,
+        "trained_tokens": train_qlora.trained_tokens(examples),
+        "peak_memory_gib": machine.peak_memory(torch.device("cuda:0")),
+    }
+    Path(args.result).write_text(json.dumps(result))
+
+
+def trl(args):
+    """Returns (model, tokenizer, settings) as TRL's own QLoRA example has them, with our recipe's numbers."""
+    import torch
+
+    model = train_qlora.load_model(args.model, args.bits, "cuda:0", torch.bfloat16)
+    settings = {"gradient_checkpointing": True}
+    return train_qlora.add_lora(model), train_qlora.load_tokenizer(args.model), settings
+
+
+def unsloth(args):
+    """Returns (model, tokenizer, settings) as Unsloth's notebooks have them, with our recipe's numbers."""
+    from unsloth import FastModel
+
+    model, _ = FastModel.from_pretrained(
+        args.model,
+        max_seq_length=train_qlora.MAX_TOKENS,
+        load_in_4bit=args.bits == 4,
+        load_in_8bit=args.bits == 8,
+    )
+    model = FastModel.get_peft_model(
+        model,
+        r=train_qlora.LORA_R,
+        lora_alpha=train_qlora.LORA_ALPHA,
+        lora_dropout=train_qlora.LORA_DROPOUT,
+        finetune_vision_layers=False,
+        use_gradient_checkpointing="unsloth",
+    )
+    return model, train_qlora.load_tokenizer(args.model), {}
+
+
+# --------------------------------------------------------------------------------------------- running
+
+
+def timed(command, log):
+    """Runs a command; returns its seconds, or None if it failed, which is said with the log's last line."""
+    begun = time.perf_counter()
+    with open(log, "w") as file:
+        code = subprocess.run(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        lines = Path(log).read_text(errors="replace").strip().splitlines()
+        print(f"  failed with {code}: {lines[-1][:200] if lines else 'it said nothing'}", flush=True)
+        return None
+    return time.perf_counter() - begun
+
+
+def run_ours(folder, model, data, epochs, bits, memory, gpu):
+    """Returns what run.json says of a run of train_qlora.py, and the command's seconds; None if it failed."""
+    output = Path(folder, "ours")
+    command = [sys.executable, ROOT / "train_qlora.py", "--model", model, "--data", data, "--output", output]
+    command += ["--bits", bits, "--epochs", epochs, *(["--memory", memory] if memory else [])]
+    seconds = timed(command + ["--rehearse"] * (not gpu), Path(folder, "log"))
+    if seconds is None:
+        return None
+    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    run["trained_tokens"] = run["trained_tokens"] * run["rows"]["training"] / run["rows"]["all"]
+    shutil.rmtree(output)
+    return {**run, "command": seconds}
+
+
+def run_peer(folder, name, model, data, epochs, bits):
+    result = Path(folder, "result.json")
+    command = [sys.executable, __file__, "--peer", name, "--result", result, "--model", model]
+    seconds = timed([*command, "--data", data, "--epochs", epochs, "--bits", bits], Path(folder, "log"))
+    return {**json.loads(result.read_text()), "command": seconds} if seconds else None
+
+
+def table(results, epochs):
+    """Returns the results, [(name, bits, result), …], as lines of Markdown; ratios are to TRL's seconds."""
+    lines = [
+        "| | bits | a step, s (first) | all steps, s | TRL / this | command, s | allocated / reserved, GiB "
+        "| trained tokens a second |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    reference = {bits: sum(r["step_seconds"]) for name, bits, r in results if name == PEERS["trl"]}
+    for name, bits, result in results:
+        steps, memory = result["step_seconds"], result["peak_memory_gib"]
+        ratio = f"{reference[bits] / sum(steps):.1f}" if bits in reference else "–"
+        gib = " / ".join(f"{value:.2f}" for value in memory.values())
+        cells = [name, bits, f"{statistics.median(steps):.3f} ({steps[0]:.2f})", f"{sum(steps):.1f}", ratio]
+        rate = result["trained_tokens"] * epochs / sum(steps)
+        lines.append(f"| {' | '.join(map(str, cells))} | {result['command']:.0f} | {gib} | {rate:.0f} |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder of the base (default: a random one of 4B dimensions)")
+    parser.add_argument(
+        "--data", default=ROOT / "examples.json", help="chat rows (default: the shipped ones)"
+    )
+    parser.add_argument("--epochs", type=int, default=train_qlora.EPOCHS, help="(default: %(default)s)")
+    parser.add_argument("--results", default=ROOT / "benchmarks/results.md", help="(default: %(default)s)")
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--bits", type=int, default=4, help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.peer:
+        peer(args)
+        return
+
+    import torch
+
+    gpu = torch.cuda.is_available()
+    cases = OURS if gpu else [("this project, on a CPU", 4, None)]
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model or Path(folder, "gemma-3-4b-random")
+        if not args.model:
+            command = [sys.executable, ROOT / "benchmarks/random_gemma_4b.py", model]
+            if timed(command, Path(folder, "log")) is None:
+                sys.exit(1)
+        results = []
+        for name, bits, memory in cases:
+            print(f"{name}, {bits} bits", flush=True)
+            results.append((name, bits, run_ours(folder, model, args.data, args.epochs, bits, memory, gpu)))
+        for name, title in PEERS.items():
+            if not gpu or not installed(name):
+                print(f"{title}: {'not installed' if gpu else 'its kernels need a GPU'}", flush=True)
+                continue
+            for bits in (4, 8):
+                print(f"{title}, {bits} bits", flush=True)
+                results.append((title, bits, run_peer(folder, name, model, args.data, args.epochs, bits)))
+    failed = [name for name, _, result in results if result is None]
+    results = [one for one in results if one[2]]
+    steps = len(results[0][2]["step_seconds"]) if results else 0
+    versions = {**machine.versions(), **{name: installed(name) for name in PEERS}}
+    device = machine.device_name(torch.device("cuda:0" if gpu else "cpu"))
+    lines = [
+        f"# {steps} steps of {train_qlora.ROWS_PER_STEP} rows on {device}",
+        "",
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "",
+        *table(results, args.epochs),
+        "",
+    ]
+    Path(args.results).write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+    print(f"written to {args.results}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
