@@ -10,6 +10,7 @@ in a flag is then told at once, not after ten seconds of imports.
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -54,6 +55,7 @@ EXPLODED = 1.5  # ours: a loss so many times that of guessing evenly, or of the 
 
 # What decides memory and speed, and changes no result.
 TOKENS_PER_MICRO_BATCH = 2048  # rows × longest row; halved where the GPU's memory is full
+CACHED_ROWS = 10_000  # so many take some seconds to tokenise; fewer are not worth a file
 LOGITS_AT_ONCE = 128  # trained tokens, with checkpointing; 262,208 logits each, the largest tensor of all
 
 # What differs in the rehearsal, and why.
@@ -149,24 +151,46 @@ def preprocess_function(examples, tokenizer):
 
 
 def tokenise_rows(data_path, rows, tokenizer):
-    """Returns the rows as a datasets.Dataset of token ids; raises DataError for rows over MAX_TOKENS."""
+    """Returns the rows as a datasets.Dataset of token ids; raises DataError for rows over MAX_TOKENS.
+
+    What CACHED_ROWS or more rows gave is kept in the cache of datasets and read from there the next time.
+    """
     import datasets
 
     datasets.disable_progress_bars()  # the bar of the run is the training's
     # "use_json": a content may be a string in one row and a list of parts in the next.
-    dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json").map(
-        preprocess_function,
-        batched=True,
-        fn_kwargs={"tokenizer": tokenizer},
-        remove_columns=["messages"],
-        new_fingerprint="tokens",  # nothing is cached, and a tokenizer has no stable hash
-    )
+    plain = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+
+    def tokens(cache_file):
+        return plain.map(
+            preprocess_function,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer},
+            remove_columns=["messages"],
+            new_fingerprint="tokens",  # a tokenizer has no hash that stays the same
+            cache_file_name=cache_file,
+        )
+
+    try:
+        name = fingerprint_of_labels(data_path, tokenizer) if len(rows) >= CACHED_ROWS else None
+        dataset = tokens(name and str(Path(datasets.config.HF_DATASETS_CACHE, f"tokens-{name}.arrow")))
+    except OSError:  # a cache that cannot be written, or is full
+        dataset = tokens(None)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     if max(lengths) > MAX_TOKENS:
         raise chat_rows.DataError(
             data_path, too_long([line for line, _ in chat_rows.read(data_path)], lengths)
         )
     return dataset
+
+
+def fingerprint_of_labels(data_path, tokenizer):
+    """Returns the sha256 of all that labels come from: rows, tokenizer, template and code."""
+    digest = hashlib.sha256(Path(data_path).read_bytes())
+    code = inspect.getsource(preprocess_function)
+    for text in (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, code):
+        digest.update(text.encode())
+    return digest.hexdigest()
 
 
 def too_long(lines, lengths):

@@ -136,6 +136,37 @@ def test_a_row_over_the_limit_is_an_error_with_its_line(tmp_path, tokenizer):
     )
 
 
+def test_tokens_of_many_rows_are_read_again_and_not_of_others(rows, tokenizer, monkeypatch, tmp_path):
+    from copy import deepcopy
+
+    import datasets
+
+    monkeypatch.setattr(train_qlora, "CACHED_ROWS", 70)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "rows.json"
+
+    def tokens(rows, tokenizer):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return list(train_qlora.tokenise_rows(path, rows, tokenizer)), len(
+            list((tmp_path / "cache").glob("*"))
+        )
+
+    plain = list(train_qlora.tokenise_rows(ROOT / "examples.json", rows[:69], tokenizer))
+    first, files = tokens(rows, tokenizer)
+    assert (first[:69], files) == (plain, 1)
+    cached = next((tmp_path / "cache").iterdir())
+    written = cached.stat().st_mtime_ns
+    assert tokens(rows, tokenizer) == (first, 1)
+    assert cached.stat().st_mtime_ns == written
+    assert tokens([rows[1], *rows[1:]], tokenizer)[0] == [first[1], *first[1:]]
+    other = deepcopy(tokenizer)
+    other.chat_template = "{# another #}" + other.chat_template
+    tokens(rows, other)
+    assert len(list((tmp_path / "cache").glob("*"))) == 3
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path / "no folder")
+    assert tokens(rows, tokenizer)[0] == first
+
+
 # --------------------------------------------------------------------------------------------- split
 
 
