@@ -184,6 +184,7 @@ def outlive_the_terminal():
         def write(self, text):
             with suppress(OSError):
                 super().write(text)
+                super().flush()  # stdout and stderr stay in the order in which they were written
             return len(text)
 
         def flush(self):
@@ -192,8 +193,8 @@ def outlive_the_terminal():
 
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)
-        kept = {"encoding": old.encoding, "errors": old.errors, "line_buffering": old.line_buffering}
-        setattr(sys, name, Steady(old.detach(), **kept))
+        encoding, errors = old.encoding, old.errors
+        setattr(sys, name, Steady(old.detach(), encoding=encoding, errors=errors))
 
 
 def device_name(device):

@@ -416,6 +416,14 @@ def test_a_dropped_connection_costs_nothing(arguments, tmp_path):
     assert newest[0]["step"] == len(newest[0]["history"]["losses"])
 
 
+def test_what_is_printed_beside_the_bar_keeps_lines_of_its_own(arguments, tmp_path):
+    process = start([*arguments, "--epochs", 1], tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = re.split(r"[\r\n]+", process.communicate(timeout=120)[0].decode())
+    assert process.returncode == 0
+    assert any(line.startswith("training: 100%") and line.endswith("]") for line in lines)
+    assert any(line.startswith("memory     resident") for line in lines)
+
+
 def test_ctrl_c_of_a_pipe_whose_reader_it_ends_too(arguments, tmp_path):
     """As in `python train_qlora.py | tee log`: tee dies of the same Ctrl-C, and nothing can be printed."""
     reader, writer = os.pipe()
