@@ -583,7 +583,7 @@ def train(
         check_loss(what, value, limit, step, args.learning_rate)
 
     def gradients(tokens):
-        optimizer.zero_grad(set_to_none=False)  # of a try that found the memory full
+        optimizer.zero_grad(set_to_none=plan is None)  # of a try that found the memory full
         # A step's dropout depends on nothing that came before it, an evaluation least of all.
         torch.manual_seed(SEED + step * state.num_processes + state.process_index)
         return add(rows, tokens=tokens)
@@ -607,7 +607,7 @@ def train(
                 check("gradient", norm, math.inf)
                 optimizer.step()
                 schedule.step()
-                optimizer.zero_grad(set_to_none=False)
+                optimizer.zero_grad(set_to_none=plan is None)  # a graph's gradients stay in their place
                 losses.append(loss)
                 history["step_seconds"].append(round(time.perf_counter() - begun, 4))
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -104,6 +104,8 @@ def leave_on_signals():
     """Has SIGTERM and a hang-up end the process like Ctrl-C: what was begun aside is cleared away."""
 
     def leave(number, _):
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopped; the same command begins again, or goes on where it can\n")
         sys.exit(128 + number)
 
     for name in ("SIGTERM", "SIGHUP"):

@@ -289,7 +289,8 @@ def test_name_that_cannot_be_one(tmp_path, hub, name):
     assert hub.requests == []
 
 
-def test_ctrl_c_keeps_what_came(tmp_path, hub):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_or_killed_it_keeps_what_came(tmp_path, hub, number):
     hub.files = WANTED | {SHARDS[0]: os.urandom(30_000_000)}
     original = hub.send_file
 
@@ -308,13 +309,21 @@ def test_ctrl_c_keeps_what_came(tmp_path, hub):
     )
     while len(hub.large_requests()) < 2 and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert stderr.splitlines()[-1] == "Stopped; run the same command again, it goes on from there."
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    if number == signal.SIGINT:
+        assert stderr.splitlines()[-1] == "Stopped; run the same command again, it goes on from there."
+    if number == signal.SIGTERM:
+        assert "stopped; the same command begins again, or goes on where it can" in stderr
     assert "Traceback" not in stderr
     assert (tmp_path / "gemma-3-4b-it.part" / SHARDS[1]).exists()
     assert not (tmp_path / "gemma-3-4b-it").exists()
+    hub.send_file = original
+    code, _, stderr = run(tmp_path, hub.url)
+    assert code == 0, stderr
+    assert (tmp_path / "gemma-3-4b-it" / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("gemma")] == ["gemma-3-4b-it"]
 
 
 def test_a_full_disk_keeps_what_came_and_goes_on_from_there(tmp_path, hub):
