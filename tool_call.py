@@ -71,6 +71,27 @@ def parse(text):
     return (None, reason) if reason else (call, None)
 
 
+def split(text, more=False):
+    """Cuts a text into ([what is said (str) or called (Call), …], rest); malformed tags are said.
+
+    With `more` to come, rest is the end of the text that it could make a call of, or a longer one: put it
+    before what comes. Without, it is empty. So pieces cut anywhere say and call the same as the whole.
+    """
+    parts, said, start = [], 0, text.find("<")
+    while start >= 0:
+        call, end, reason = read(text, start)
+        unclosed = call and "no closing slash" in call.deviations and "closing tag" not in call.deviations
+        if more and (reason == INCOMPLETE or (unclosed and CLOSING_TAG.startswith(text[end:]))):
+            break
+        if call:
+            parts += [text[said:start], call]
+            said = end
+        start = text.find("<", end if call else start + 1)
+    rest = start if start >= 0 else len(text)
+    parts.append(text[said:rest])
+    return [part for part in parts if part != ""], text[rest:]
+
+
 def trace(text):
     """Whether the text holds any trace of a call, well-formed or not."""
     return TRACE.search(text) is not None

@@ -4,13 +4,14 @@ import json
 import re
 import time
 from html.entities import html5
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tool_call import CLOSING_TAG, INCOMPLETE, NO_OBJECT, Call, parse, read, trace, write
+from tool_call import CLOSING_TAG, INCOMPLETE, NO_OBJECT, Call, parse, read, split, trace, write
 
 settings.register_profile("tool_call", deadline=None, derandomize=True, database=None)
 settings.load_profile("tool_call")
@@ -271,3 +272,85 @@ def test_time_is_linear_in_hostile_text(start):
             began = time.process_time()
             judge(text)
             assert time.process_time() - began < 1, (judge, piece)
+
+
+# ---------------------------------------------------------------------------------------------- split
+
+CALL = Call("get_sensitive_data", {}, ())
+OPEN = '<tool_call name="f" arguments="{}">'
+OPENED, CLOSED = (Call("f", {}, ("no closing slash", *rest)) for rest in ((), ("closing tag",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", []),
+        ("Это счёт < вклад <b>.", ["Это счёт < вклад <b>."]),
+        (CANONICAL, [CALL]),
+        (f"Сейчас. {CANONICAL}\n", ["Сейчас. ", CALL, "\n"]),
+        (f"{CANONICAL}{CANONICAL} и {CANONICAL}", [CALL, CALL, " и ", CALL]),
+        (f"<tool_call name=''/> {CANONICAL}", ["<tool_call name=''/> ", CALL]),
+        (f"<{CANONICAL}", ["<", CALL]),
+        (CANONICAL[:-1], [CANONICAL[:-1]]),
+        (f"<tool_call {CANONICAL}", ["<tool_call ", CALL]),
+        (f"{OPEN} да", [OPENED, " да"]),
+        (f"{OPEN}</tool_call> да", [CLOSED, " да"]),
+        (f"{OPEN}</tool_cal", [OPENED, "</tool_cal"]),
+        (f"{OPEN}{CANONICAL}", [OPENED, CALL]),
+    ],
+)
+def test_what_is_said_and_what_is_called(text, parts):
+    assert split(text) == (parts, "")
+    for first in range(len(text) + 1):  # every cut, and character by character
+        assert streamed([text[:first], text[first:]]) == parts
+    assert streamed(text) == parts
+
+
+def streamed(pieces):
+    """What a reader of a stream has at its end."""
+    parts, rest = [], ""
+    for piece in pieces:
+        found, rest = split(rest + piece, more=True)
+        parts += found
+    found, rest = split(rest)
+    assert rest == ""
+    joined = []
+    for part in parts + found:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
+
+
+def test_nothing_is_held_back_that_cannot_be_a_call():
+    assert split("Сумма 5 < 6 и <b", more=True) == (["Сумма 5 < 6 и <b"], "")
+    assert split("Сумма <tool", more=True) == (["Сумма "], "<tool")
+    assert split('<tool_call nome="', more=True) == (['<tool_call nome="'], "")
+    assert split(f"{CANONICAL}!", more=True) == ([CALL, "!"], "")
+    assert split(OPEN, more=True) == ([], OPEN)
+    assert split(f"{OPEN} ", more=True) == ([OPENED, " "], "")
+
+
+PIECES = [
+    CANONICAL,
+    OPEN,
+    CLOSING_TAG,
+    "<",
+    "<tool_call",
+    ' name="',
+    "f",
+    '"',
+    " arguments='{}'",
+    "/>",
+    ">",
+    "&quot",
+    " ",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.lists(st.integers(0, 200), max_size=6))
+def test_a_stream_cut_anywhere_says_and_calls_what_the_whole_does(text, cuts):
+    places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
+    pieces = [text[a:b] for a, b in pairwise(places)]
+    assert streamed(pieces) == streamed([text])
