@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import download_model
+import machine
 
+# As train_qlora.py does before its first product; the first one of pytest's process is another test's.
+machine.make_products_repeatable()
 # A shell that starts pytest in the background has it ignore SIGINT, and its children would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
