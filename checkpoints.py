@@ -177,12 +177,12 @@ def read(place):
     """
     data = {}
     for name in (MANIFEST, CONFIG, WEIGHTS, OPTIMIZER, BEST):
-        path = place / name
         try:
-            if path.is_symlink() or path.exists():
-                data[name] = whole_files.read(path)
+            data[name] = whole_files.read(place / name)
+        except FileNotFoundError:
+            pass  # told of below, unless it is BEST and not wanted
         except OSError as error:
-            raise RunError(f"{path} cannot be read ({error.strerror})") from error
+            raise RunError(f"{place / name} cannot be read ({error.strerror})") from error
     try:
         manifest = json.loads(data.pop(MANIFEST))
         sound = manifest["seal"] == seal(manifest)

@@ -22,6 +22,11 @@ def sync(path):
     """Has the disk keep a file, or a folder and all that is in it, before it gets its name."""
     for child in path.iterdir() if path.is_dir() else ():
         sync(child)
+    flush(path)
+
+
+def flush(path):
+    """Has the disk keep a file, or the names in a folder."""
     if path.is_dir() and os.name == "nt":  # Windows syncs no folders
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -41,12 +46,7 @@ def read(path):
 def rename(source, target):
     """Renames a synced file or folder into place, and has the disk keep the new name."""
     source.rename(target)
-    if os.name != "nt":
-        handle = os.open(target.absolute().parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    flush(target.absolute().parent)
 
 
 def write_json(path, value):
