@@ -1,6 +1,7 @@
 """This project and its peers on the same rows, one after the other, each in a process of its own.
 
     python benchmarks/run.py                                     on a CUDA GPU, at 4B dimensions
+    python benchmarks/run.py --long 5000                         5,000 rows of 20 to 2,000 tokens instead
     python benchmarks/run.py --model gemma-3-270m --epochs 1     on a CPU, where it only shows that it works
 
 Makes a random model of the 4B dimensions unless --model names one, trains it as this project, TRL and (if it
@@ -9,7 +10,9 @@ is installed) Unsloth do, and writes benchmarks/results.md. A peer runs at the s
 
 import argparse
 import json
+import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -25,16 +28,58 @@ sys.path.insert(0, str(ROOT))
 import machine  # noqa: E402
 import train_qlora  # noqa: E402
 
-# Name, bits, and what of the GPU's memory may be taken (GiB); without a number, as it is without --memory.
-OURS = [
-    ("this project, within 20 GiB", 4, 20),
-    ("this project, within 8 GiB", 4, 8),
-    ("this project, within 5 GiB", 4, 5),
-    ("this project, without --memory", 4, None),
-    ("this project, within 20 GiB", 8, 20),
-    ("this project, without --memory", 8, None),
-]
-PEERS = {"trl": "TRL, 16×1, checkpointing", "unsloth": "Unsloth, 16×1, compiled"}
+# Bits, and what of the GPU's memory may be reserved (GiB), of the shipped rows and of long ones.
+OURS = {"short": [(4, 20), (4, 8), (4, 5), (4, 3.8), (8, 20)], "long": [(4, 20)]}
+# What a peer is run with, on top of our recipe: the settings found fastest for it in so much memory.
+PEERS = {
+    "short": {
+        "TRL, 16×1, checkpointing": ("trl", {"gradient_checkpointing": True}),
+        "Unsloth, 16×1, compiled": ("unsloth", {}),
+    },
+    "long": {
+        "TRL, 16×1, by length, checkpointing": (
+            "trl",
+            {"gradient_checkpointing": True, "train_sampling_strategy": "group_by_length"},
+        ),
+        "TRL, packed, 4×1, checkpointing": (
+            "trl",
+            {"gradient_checkpointing": True, "packing": True, "per_device_train_batch_size": 4},
+        ),
+        "TRL, packed, 1×4, no checkpointing": (
+            "trl",
+            {
+                "gradient_checkpointing": False,
+                "packing": True,
+                "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": 4,
+            },
+        ),
+    },
+}
+SHORTEST, LONGEST = 20, 2000  # tokens of a long-tailed row
+
+
+def long_rows(count, tokenizer):
+    """Returns rows of SHORTEST to LONGEST tokens, few of them long (log-normal, median 200), seeded.
+
+    A third of a row is what the assistant says.
+    """
+    chance = random.Random(train_qlora.SEED)
+    words = ["счёт", "карта", "заказ", "когда", "можно", "где", "сумма", "перевод", "номер", "вчера"]
+    ids = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
+    rows = []
+    for _ in range(count):
+        tokens = min(LONGEST, max(SHORTEST, chance.lognormvariate(math.log(200), 1.0)))
+        text, size = [], len(ids[0]) + 12  # the template's
+        while size < tokens or len(text) < 2:
+            word = chance.randrange(len(words))
+            text.append(words[word])
+            size += len(ids[word])
+        third = math.ceil(len(text) / 3)
+        asked, answered = " ".join(text[third:]), " ".join(text[:third])
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        rows.append({"messages": messages})
+    return rows
 
 
 def installed(name):
@@ -55,7 +100,8 @@ def peer(args):
 
     rows = train_qlora.load_data(args.data)
     training, _ = train_qlora.split_rows(rows)
-    model, tokenizer, settings = {"trl": trl, "unsloth": unsloth}[args.peer](args)
+    settings = json.loads(args.settings)
+    model, tokenizer = {"trl": trl, "unsloth": unsloth}[args.peer](args)
     examples = train_qlora.tokenise_rows(args.data, rows, tokenizer)
     examples = [{k: examples[i][k] for k in ("input_ids", "labels")} for i in training]
 
@@ -79,7 +125,6 @@ def peer(args):
         config = SFTConfig(
             output_dir=folder,
             num_train_epochs=args.epochs,
-            per_device_train_batch_size=train_qlora.ROWS_PER_STEP,
             learning_rate=train_qlora.LEARNING_RATE,
             lr_scheduler_type="cosine",
             warmup_steps=train_qlora.WARMUP_STEPS,
@@ -91,7 +136,7 @@ def peer(args):
             report_to=[],
             seed=train_qlora.SEED,
             max_length=train_qlora.MAX_TOKENS,
-            **settings,
+            **{"per_device_train_batch_size": train_qlora.ROWS_PER_STEP, **settings},
         )
         trainer = SFTTrainer(
             model=model, args=config, train_dataset=Dataset.from_list(examples), processing_class=tokenizer,
@@ -109,16 +154,15 @@ def peer(args):
 
 
 def trl(args):
-    """Returns (model, tokenizer, settings) as TRL's own QLoRA example has them, with our recipe's numbers."""
+    """Returns (model, tokenizer) as TRL's own QLoRA example has them, with our recipe's numbers."""
     import torch
 
     model = train_qlora.load_model(args.model, args.bits, "cuda:0", torch.bfloat16)
-    settings = {"gradient_checkpointing": True}
-    return train_qlora.add_lora(model), train_qlora.load_tokenizer(args.model), settings
+    return train_qlora.add_lora(model), train_qlora.load_tokenizer(args.model)
 
 
 def unsloth(args):
-    """Returns (model, tokenizer, settings) as Unsloth's notebooks have them, with our recipe's numbers."""
+    """Returns (model, tokenizer) as Unsloth's notebooks have them, with our recipe's numbers."""
     from unsloth import FastModel
 
     model, _ = FastModel.from_pretrained(
@@ -135,7 +179,7 @@ def unsloth(args):
         finetune_vision_layers=False,
         use_gradient_checkpointing="unsloth",
     )
-    return model, train_qlora.load_tokenizer(args.model), {}
+    return model, train_qlora.load_tokenizer(args.model)
 
 
 # --------------------------------------------------------------------------------------------- running
@@ -167,28 +211,38 @@ def run_ours(folder, model, data, epochs, bits, memory, gpu):
     return {**run, "command": seconds}
 
 
-def run_peer(folder, name, model, data, epochs, bits):
+def run_peer(folder, name, settings, model, data, epochs, bits):
     result = Path(folder, "result.json")
-    command = [sys.executable, __file__, "--peer", name, "--result", result, "--model", model]
+    command = [sys.executable, __file__, "--peer", name, "--settings", json.dumps(settings)]
+    command += ["--result", result, "--model", model]
     seconds = timed([*command, "--data", data, "--epochs", epochs, "--bits", bits], Path(folder, "log"))
     return {**json.loads(result.read_text()), "command": seconds} if seconds else None
 
 
 def table(results, epochs):
-    """Returns the results, [(name, bits, result), …], as lines of Markdown; ratios are to TRL's seconds."""
+    """Returns the results, [(name, bits, result), …], as lines of Markdown; ratios are to the fastest TRL's
+    trained tokens a second with as many bits.
+    """
     lines = [
-        "| | bits | a step, s (first) | all steps, s | TRL / this | command, s | allocated / reserved, GiB "
+        "| | bits | a step, s (first) | all steps, s | × TRL | command, s | allocated / reserved, GiB "
         "| trained tokens a second |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    reference = {bits: sum(r["step_seconds"]) for name, bits, r in results if name == PEERS["trl"]}
+
+    def rate(result):
+        return result["trained_tokens"] * epochs / sum(result["step_seconds"])
+
+    reference = {}
+    for name, bits, result in results:
+        if name.startswith("TRL"):
+            reference[bits] = max(rate(result), reference.get(bits, 0.0))
     for name, bits, result in results:
         steps, memory = result["step_seconds"], result["peak_memory_gib"]
-        ratio = f"{reference[bits] / sum(steps):.1f}" if bits in reference else "–"
+        ratio = f"{rate(result) / reference[bits]:.1f}" if bits in reference else "–"
         gib = " / ".join(f"{value:.2f}" for value in memory.values())
         cells = [name, bits, f"{statistics.median(steps):.3f} ({steps[0]:.2f})", f"{sum(steps):.1f}", ratio]
-        rate = result["trained_tokens"] * epochs / sum(steps)
-        lines.append(f"| {' | '.join(map(str, cells))} | {result['command']:.0f} | {gib} | {rate:.0f} |")
+        cells += [f"{result['command']:.0f}", gib, f"{rate(result):.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
@@ -200,7 +254,9 @@ def main():
     )
     parser.add_argument("--epochs", type=int, default=train_qlora.EPOCHS, help="(default: %(default)s)")
     parser.add_argument("--results", default=ROOT / "benchmarks/results.md", help="(default: %(default)s)")
-    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--long", type=int, metavar="ROWS", help="train on so many long-tailed rows instead")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
     parser.add_argument("--bits", type=int, default=4, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -212,28 +268,37 @@ def main():
     import torch
 
     gpu = torch.cuda.is_available()
-    cases = OURS if gpu else [("this project, on a CPU", 4, None)]
+    kind = "long" if args.long else "short"
+    cases = OURS[kind] if gpu else [(4, None)]
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or Path(folder, "gemma-3-4b-random")
         if not args.model:
             command = [sys.executable, ROOT / "benchmarks/random_gemma_4b.py", model]
             if timed(command, Path(folder, "log")) is None:
                 sys.exit(1)
+        if args.long:
+            args.data = Path(folder, "rows.json")
+            rows = long_rows(args.long, train_qlora.load_tokenizer(model))
+            args.data.write_text(
+                "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+            )
         results = []
-        for name, bits, memory in cases:
-            print(f"{name}, {bits} bits", flush=True)
-            results.append((name, bits, run_ours(folder, model, args.data, args.epochs, bits, memory, gpu)))
-        for name, title in PEERS.items():
+        for bits, memory in cases:
+            title = f"this project, {f'within {memory:g} GiB' if memory else 'on a CPU'}"
+            print(f"{title}, {bits} bits", flush=True)
+            results.append((title, bits, run_ours(folder, model, args.data, args.epochs, bits, memory, gpu)))
+        for title, (name, settings) in PEERS[kind].items():
             if not gpu or not installed(name):
                 print(f"{title}: {'not installed' if gpu else 'its kernels need a GPU'}", flush=True)
                 continue
-            for bits in (4, 8):
+            for bits in sorted({bits for bits, _ in cases}):
                 print(f"{title}, {bits} bits", flush=True)
-                results.append((title, bits, run_peer(folder, name, model, args.data, args.epochs, bits)))
+                result = run_peer(folder, name, settings, model, args.data, args.epochs, bits)
+                results.append((title, bits, result))
     failed = [name for name, _, result in results if result is None]
     results = [one for one in results if one[2]]
     steps = len(results[0][2]["step_seconds"]) if results else 0
-    versions = {**machine.versions(), **{name: installed(name) for name in PEERS}}
+    versions = {**machine.versions(), **{name: installed(name) for name in ("trl", "unsloth")}}
     device = machine.device_name(torch.device("cuda:0" if gpu else "cpu"))
     lines = [
         f"# {steps} steps of {train_qlora.ROWS_PER_STEP} rows on {device}",
