@@ -25,6 +25,7 @@ from pathlib import Path
 import adapter_folder
 import chat_rows
 import compare
+import cuda_graphs
 import download_model
 import machine
 import memory_estimate
@@ -51,14 +52,18 @@ LATIN, CYRILLIC = "aceopxykABCEHKMOPTXY", "асеорхукАВСЕНКМОРТ�
 ODD = re.compile(r"[^\w !-~«»—–…]")  # what may be invisible
 TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa-z]*", re.IGNORECASE)  # in a word
 
-# Training's seconds: a micro-batch waits for its kernels to be launched one by one, whatever it holds, and
-# takes 6 operations a weight and token (forward, once more in the backward pass, and the gradient).
-LAUNCHING = {4: 1.1, 8: 0.9}  # seconds a micro-batch and its share of the evaluations
-IMPORTS_AND_LOADING = {4: 33, 8: 30}  # seconds; both measured with an H100, 40 steps of 16 short rows
-BUSY = 0.3  # of the published figure is what a card is taken to do of these products
-# Published dense bf16 tera-operations a second; the T4 computes in fp32, having no bf16.
-PUBLISHED = {"H100": 989, "A100": 312, "RTX 4090": 165, "L4": 121, "A10": 125, "RTX 3090": 71, "T4": 8.1}
-MEASURED_ON = "H100"
+# Training's seconds, measured with an H100 (torch 2.11), 40 steps of 16 short rows, by number of bits. A
+# micro-batch is some ten thousand small kernels, whatever it holds, and 4 operations a weight and token: 2
+# forward, and 2 in the backward pass, which needs no gradient of the base's weights.
+START = {4: 19, 8: 23}  # imports and loading
+EPOCH = 0.6  # an evaluation and a checkpoint
+KERNELS = {4: 0.04, 8: 0.055}  # of a micro-batch as a CUDA graph
+LAUNCHING = {4: 1.1, 8: 0.9}  # of one whose kernels are launched one by one, its layers computed anew
+BUSY = {4: 0.3, 8: 0.15}  # of the published figure is what a card then does of these operations
+# Published dense bf16 tera-operations a second, and GiB; the T4 computes in fp32, having no bf16.
+PUBLISHED = {"H100": (989, 80), "A100": (312, 40), "RTX 4090": (165, 24), "L4": (121, 24)}
+PUBLISHED |= {"A10": (125, 24), "RTX 3090": (71, 24), "T4": (8.1, 16)}
+MEASURED_ON, WITHOUT_BF16 = "H100", "T4"
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -326,24 +331,16 @@ def plan(rows, counts):
     plain = [row for _, row in rows]
     training, validation = train_qlora.split_rows(plain)
     calls = [train_qlora.is_call(row["messages"]) for row in plain]
-    steps, micro, largest, several = 0, 0, 0, False
-    for epoch in range(train_qlora.EPOCHS):
-        for step in train_qlora.steps_of(epoch + 1, training):
-            batches = train_qlora.micro_batches([{"input_ids": range(counts[i][0])} for i in step])
-            largest = max([largest, *(len(b) * max(len(e["input_ids"]) for e in b) for b in batches)])
-            steps += 1
-            micro += len(batches)
-            several |= len(batches) > 1
+    epoch = [[counts[i][0] for i in step] for step in train_qlora.steps_of(1, training)]
+    steps = train_qlora.EPOCHS * len(epoch)
     numbers = {
         "training": len(training),
         "validation": len(validation),
         "validation_calls": sum(calls[i] for i in validation),
         "steps": steps,
         "warmup": train_qlora.warmup_steps(steps),
-        "micro_batches": micro,
-        "largest": largest,
-        "several": several,
-        "tokens": sum(counts[i][0] for i in training) * train_qlora.EPOCHS,
+        "epoch": epoch,
+        "longest": max(tokens for tokens, _ in counts),
         "trained_at_once": min(train_qlora.LOGITS_AT_ONCE, sum(trained for _, trained in counts)),
     }
     off = []
@@ -361,40 +358,47 @@ def show_plan(numbers, counts):
     n = numbers
     calls, times = n["validation_calls"], train_qlora.EPOCHS if n["validation"] else 0
     tokens, trained = (sum(column) for column in zip(*counts, strict=True))
-    longest = max(tokens for tokens, _ in counts)
-    print(f"\ntokens     {tokens} in all, {trained} trained, {longest} in the longest row")
+    print(f"\ntokens     {tokens} in all, {trained} trained, {n['longest']} in the longest row")
     print(f"split      {n['training']} rows trained on, {n['validation']} held out ({calls} with a call)")
     print(
         f"steps      {n['steps']}: {train_qlora.EPOCHS} epochs, {train_qlora.ROWS_PER_STEP} rows a step; ",
         end="",
     )
     print(f"warm-up {n['warmup']}, then a cosine")
-    print(f"           {n['micro_batches']} micro-batches, the largest of {n['largest']} tokens")
     print(f"evaluation {times} times, once an epoch, the best one's adapter is written at the end;")
     print("           a checkpoint each time, and at Ctrl-C: --resume goes on from there")
 
 
 def seconds(d, numbers, bits, card):
-    """Returns how long training takes on a card: measured seconds, or scaled by published figures."""
-    weights = memory_estimate.text_weights(d)
-    operations = 6 * weights * numbers["tokens"] / (PUBLISHED[card] * 1e12 * BUSY)
-    return LAUNCHING[bits] * numbers["micro_batches"] + operations
+    """Returns how long a run takes on a card, from start to adapter: what was measured, scaled to it."""
+    speed, size = PUBLISHED[card]
+    rank, at_once = train_qlora.LORA_R, numbers["trained_at_once"]
+    budget = memory_estimate.SHARE * memory_estimate.free(size)
+    tokens = 0 if card == WITHOUT_BF16 else memory_estimate.plan(d, bits, rank, budget, at_once).tokens
+    graphs = plain = 0
+    for step in numbers["epoch"]:
+        rows = [{"input_ids": range(length)} for length in step]
+        graphs += len(cuda_graphs.pack([row for row in rows if len(row["input_ids"]) <= tokens], tokens))
+        plain += len(train_qlora.micro_batches([row for row in rows if len(row["input_ids"]) > tokens]))
+    operations = 4 * memory_estimate.text_weights(d) * sum(map(sum, numbers["epoch"]))
+    arithmetic = operations / (speed * 1e12 * BUSY[bits])
+    epoch = KERNELS[bits] * graphs + LAUNCHING[bits] * plain + arithmetic + EPOCH
+    return START[bits] + train_qlora.EPOCHS * epoch
 
 
 def show_cost(d, numbers, price):
-    rank = train_qlora.LORA_R
     for bits in (4, 8):
-        size = memory_estimate.peak(
-            d, bits, rank, numbers["largest"], numbers["trained_at_once"], numbers["several"]
+        size = memory_estimate.least(
+            d, bits, train_qlora.LORA_R, numbers["longest"], numbers["trained_at_once"]
         )
-        cards = [str(card) for card in CARDS if memory_estimate.fits(size, card)]
+        cards = [str(card) for card in CARDS if size <= memory_estimate.SHARE * memory_estimate.free(card)]
         takes = f"fits cards of {', '.join(cards)} GB" if cards else "fits none of the usual cards"
-        print(f"memory     {bits} bits: {size / 2**30:.2f} GiB allocated at most; {takes}")
+        print(f"memory     {bits} bits: {size / 2**30:.1f} GiB at least, and faster with more; {takes}")
     print(f"time       from start to adapter, and its price at {price:g} an hour, without the download:")
     for card in PUBLISHED:
         cells = []
         for bits in (4, 8):
-            total = IMPORTS_AND_LOADING[bits] + seconds(d, numbers, bits, card)
+            total = seconds(d, numbers, bits, card)
             cells.append(f"{bits} bits {total:>6.0f} s {total * price / 3600:>7.2f}")
         how = "measured" if card == MEASURED_ON else "scaled"
         print(f"           {card:<9} {'   '.join(cells)}   {how}")

@@ -18,7 +18,7 @@ from chat_rows import printable
 from machine import RunError
 
 FOLDER = "checkpoints"
-FORMAT = 1  # of what is in it
+FORMAT = 2  # of what is in it
 NEWEST_KEPT = 2  # and the one with the best adapter
 MANIFEST = "manifest.json"
 CONFIG = "adapter_config.json"
@@ -55,8 +55,9 @@ def seal(manifest):
 def writer(output, config, facts, say):
     """Gives (save, settle): save(history, weights, best, states) has a checkpoint written beside training.
 
-    weights and best are {name: tensor}, best None if it is the weights or not known; states are what torch
-    can save and load with weights_only. settle() waits until it is written, and says so if it cannot be.
+    weights and best are {name: tensor} that will not change, best None if it is the weights or not known;
+    states are what torch can save and load with weights_only. settle() waits until it is written, and says so
+    if it cannot be.
     """
     pending = []
 
@@ -70,7 +71,7 @@ def writer(output, config, facts, say):
                 say(f"warning    the checkpoint of step {step} {reason}; training goes on without it")
 
     def save(history, weights, best, states):
-        files = snapshot(weights, best, states)
+        files = {WEIGHTS: weights, BEST: best, OPTIMIZER: copied(states)}
         now = deepcopy({**facts, "step": len(history["losses"]), "history": history})
         settle()
         pending.append((now["step"], pool.submit(write, output, config, files, now)))
@@ -80,29 +81,27 @@ def writer(output, config, facts, say):
         settle()
 
 
-def snapshot(weights, best, states):
-    """Returns {file: bytes} of a checkpoint as things are now."""
-    import torch
-
-    files = {WEIGHTS: serialised(weights)}
-    if best is not None:
-        files[BEST] = serialised(best)
-    stream = io.BytesIO()
-    torch.save(states, stream)
-    files[OPTIMIZER] = stream.getvalue()
-    return files
+def copied(value):
+    """Returns dicts and lists as they are, the tensors in them as copies on the CPU."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    return value.detach().to("cpu", copy=True) if hasattr(value, "detach") else value
 
 
 def write(output, config, files, facts):
     """Writes the checkpoint of facts["step"] and removes those that need not be kept.
 
-    config is a PeftConfig, files are {name: bytes}, facts go into the manifest as they are.
+    config is a PeftConfig, files are {name: what is to be in it, on the CPU}, None where there is to be no
+    such file; facts go into the manifest as they are.
     Raises OSError if it cannot be written; those before it are then as they were.
     """
     place = Path(output, FOLDER, f"step-{facts['step']:06}")
     part = whole_files.aside(place)
     try:
         part.mkdir(parents=True)
+        files = {name: serialised(what, name) for name, what in files.items() if what is not None}
         for name, data in files.items():
             (part / name).write_bytes(data)
         write_config(config, part)
@@ -120,10 +119,15 @@ def write(output, config, files, facts):
     prune(output, facts["step"], facts["history"]["kept_step"])
 
 
-def serialised(tensors):
-    """Returns {name: tensor} as the bytes of a safetensors file."""
+def serialised(tensors, name=WEIGHTS):
+    """Returns {name: tensor} as the bytes of a safetensors file; what OPTIMIZER holds as torch writes it."""
+    import torch
     from safetensors.torch import save
 
+    if name == OPTIMIZER:
+        stream = io.BytesIO()
+        torch.save(tensors, stream)
+        return stream.getvalue()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(tensors, metadata={"format": "pt"})
 

@@ -7,13 +7,16 @@ attending to itself alone. Only the sequence's end is padded, and no layer is co
 """
 
 import math
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
+from memory_estimate import MULTIPLE
+
 PARTS = 16  # the lengths of packed sequences are multiples of a sixteenth of the longest one
-ALIGNED = 8  # tokens; attention with a mask wants lengths that are multiples of it
-PADDED = 0.045  # share of all tokens: a further length is captured while more of them are padding
-SELDOM = 3  # a length used so often, or less, is not worth its capture (a second) and runs without
+CAPTURE = 10_000  # tokens, computed in the time that a capture takes: what a further length has to save
+SELDOM = 1  # a run of so many micro-batches, or fewer, is worth no capture
+PATTERN = 6  # layers: in Gemma 3 every sixth attends to all tokens, the others to those in a window
 
 
 # --------------------------------------------------------------------------------------------- packing
@@ -44,17 +47,26 @@ def trained_in(pack):
     return sum(label != -100 for example in pack for label in example["labels"][1:])
 
 
+def aligned(tokens):
+    """Returns the least multiple of MULTIPLE that is no less."""
+    return MULTIPLE * math.ceil(tokens / MULTIPLE)
+
+
 def choose_lengths(sizes):
-    """Returns the fewest lengths, ascending, in which packs of these sizes are at most PADDED padding."""
-    step = ALIGNED * math.ceil(max(sizes) / PARTS / ALIGNED)
-    wanted = {step * math.ceil(size / step) for size in sizes}
+    """Returns the lengths, ascending, that packs of these sizes are padded to: few, as each is captured."""
+    longest = aligned(max(sizes))
+    step = aligned(longest / PARTS)
+    wanted = Counter(min(longest, step * math.ceil(size / step)) for size in sizes)
     chosen = [max(wanted)]
 
     def padding(lengths):
-        return sum(min(length for length in lengths if length >= size) - size for size in sizes)
+        return sum((min(n for n in lengths if n >= size) - size) * times for size, times in wanted.items())
 
-    while padding(chosen) > PADDED * sum(sizes) and wanted - set(chosen):
-        chosen.append(min(sorted(wanted - set(chosen)), key=lambda length: padding([*chosen, length])))
+    while rest := sorted(set(wanted) - set(chosen)):
+        best = min(rest, key=lambda length: padding([*chosen, length]))
+        if padding(chosen) - padding([*chosen, best]) < CAPTURE:
+            break
+        chosen.append(best)
     return sorted(chosen)
 
 
@@ -136,10 +148,9 @@ def packed_loss(model, batch, cross_entropy):
     for kind, mask in (("full_attention", seen), ("sliding_attention", seen & (behind < window))):
         added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         masks[kind] = added.masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
-    with torch.autocast(documents.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        decoder = base.get_decoder()
-        ids, positions = batch["input_ids"][None], batch["positions"][None]
-        hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=masks).last_hidden_state[0]
+    ids, positions = batch["input_ids"][None], batch["positions"][None]
+    decoder = base.get_decoder()
+    hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=masks).last_hidden_state[0]
     trained = hidden.index_select(0, batch["places"])
     return cross_entropy(trained, base.get_output_embeddings().weight, batch["targets"])
 
@@ -150,7 +161,7 @@ def packed_loss(model, batch, cross_entropy):
 def prepare(model):
     """Has the model's layers compute the same in fewer kernels, keep less, and never wait for the GPU."""
     keep_less(model)
-    wait_for_no_outlier(model)
+    adapt(model)
 
 
 def keep_less(model):
@@ -205,78 +216,137 @@ def keep_less(model):
             layer.forward = partial(gated, layer)
 
 
-def wait_for_no_outlier(model):
-    """Has 8-bit layers give bitsandbytes' product by tensors whose shapes depend on no value.
+def adapt(model):
+    """Has a projection and its LoRA be one function: it keeps its input, which others share, and a mask.
+
+    PEFT 0.21.2 keeps the input after dropout too, another one for each projection.
+    """
+    import bitsandbytes
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    def product(a, b):
+        """The product in fp32 of matrices in any type."""
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a @ b
+
+    class Adapted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values, a, b, base, scaling, rate):
+            rows, mask = values.reshape(-1, values.shape[-1]), None
+            result, kept = base.product(rows), rows
+            if rate:
+                kept, mask = torch.native_dropout(rows, rate, True)
+            hidden = kept @ a.to(rows.dtype).t()
+            result.addmm_(hidden, b.to(rows.dtype).t(), alpha=scaling)
+            ctx.save_for_backward(rows, mask, hidden, a, b)
+            ctx.base, ctx.scaling, ctx.kept, ctx.shape = base, scaling, 1 / (1 - rate), values.shape
+            return result.reshape(*values.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            rows, mask, hidden, a, b = ctx.saved_tensors
+            gradient = gradient.reshape(-1, gradient.shape[-1])
+            inner = (gradient @ b.to(rows.dtype)).mul_(ctx.scaling)
+            for_rows = ctx.base.back(gradient)
+            if mask is None:
+                for_rows.addmm_(inner, a.to(rows.dtype))
+            else:
+                for_rows.addcmul_(inner @ a.to(rows.dtype), mask, value=ctx.kept)
+                rows = torch.ops.aten.native_dropout_backward(rows, mask, ctx.kept)
+            for_b = product(gradient.t(), hidden).mul_(ctx.scaling)
+            return for_rows.reshape(ctx.shape), product(inner.t(), rows), for_b, None, None, None
+
+    def adapted(layer, base, values):
+        name = layer.active_adapters[0]
+        rate = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return Adapted.apply(values, a, b, base, layer.scaling[name], rate)
+
+    for layer in model.get_base_model().get_decoder().modules():
+        if isinstance(layer, LoraLayer):
+            eight = isinstance(layer.base_layer, bitsandbytes.nn.Linear8bitLt)
+            layer.forward = partial(adapted, layer, (eight_bits if eight else four_bits)(layer.base_layer))
+
+
+def four_bits(layer):
+    """Returns product(values) and back(gradient) of a layer of 4 bits: × weight transposed, and × weight."""
+    import bitsandbytes
+
+    state = layer.weight.quant_state
+
+    def product(values):
+        return bitsandbytes.matmul_4bit(values, layer.weight, quant_state=state)
+
+    def back(gradient):
+        return gradient @ bitsandbytes.functional.dequantize_4bit(layer.weight, state).to(gradient.dtype)
+
+    return SimpleNamespace(product=product, back=back)
+
+
+def eight_bits(layer):
+    """Returns product(values) and back(gradient) of a layer of 8 bits: × weight transposed, and × weight.
 
     LLM.int8 (arXiv 2208.07339) multiplies the columns that have an outlier in 16 bits. bitsandbytes 0.50.2
     waits for the GPU to tell which they are, and a graph cannot. Here all are so multiplied, the others as 0.
     """
-    import bitsandbytes
     import torch
 
-    class Product(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, values, state):
-            ctx.state, shape = state, values.shape
-            values = values.reshape(-1, shape[-1])
-            half = values.half()
-            outliers = half.abs() >= state.threshold
-            columns = outliers.any(0)
-            rows, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(
-                half.masked_fill_(outliers, 0), 0.0
-            )
-            rows.masked_fill_(columns, 0)
-            dtype = values.dtype
-            product = torch.ops.bitsandbytes.int8_scaled_mm(rows, state.CB, scales, state.SCB, dtype=dtype)
-            product.addmm_(values.masked_fill(~columns, 0), dequantised(state, dtype).t())
-            return product.reshape(*shape[:-1], -1)
+    if layer.weight.CB is not None:
+        layer.init_8bit_state()
+    state = layer.state
+    scale = state.SCB / 127  # of an output; what is multiplied by it here is smaller than the weight
 
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient @ dequantised(ctx.state, gradient.dtype), None
+    def product(values):
+        half = values.half()
+        outliers = half.abs() >= state.threshold
+        columns = outliers.any(0)
+        rows, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half.masked_fill_(outliers, 0), 0.0)
+        rows.masked_fill_(columns, 0)
+        dtype = values.dtype
+        result = torch.ops.bitsandbytes.int8_scaled_mm(rows, state.CB, scales, state.SCB, dtype=dtype)
+        return result.add_((values.masked_fill(~columns, 0) @ state.CB.to(dtype).t()).mul_(scale))
 
-    def dequantised(state, dtype):
-        return state.CB.to(dtype).mul_(state.SCB[:, None] / 127)
+    def back(gradient):
+        return (gradient * scale).to(gradient.dtype) @ state.CB.to(gradient.dtype)
 
-    def product(layer, values):
-        return Product.apply(values, layer.state)
-
-    for layer in model.get_base_model().get_decoder().modules():
-        if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
-            if layer.weight.CB is not None:
-                layer.init_8bit_state()
-            layer.forward = partial(product, layer)
+    return SimpleNamespace(product=product, back=back)
 
 
 # ---------------------------------------------------------------------------------------------- graphs
 
 
-def make_runner(model, weights, packs, pad_id, device, logits_at_once):
+def make_runner(model, packs, pad_id, device, logits_at_once):
     """Returns run(pack, total): adds the gradient of a pack's summed loss / total, and returns that loss.
 
-    packs: [(tokens, trained tokens), …] of all that the run is going to give. The weights get gradients that
-    stay in their place: empty them with zeros.
+    packs: [(tokens, trained tokens), …] of all that the run is going to give. The weights have gradients that
+    stay in their place.
     """
     import torch
 
     sizes = [tokens for tokens, _ in packs]
     lengths = choose_lengths(sizes)
-    uses = dict.fromkeys(lengths, 0)
-    for size in sizes:
-        uses[next(length for length in lengths if length >= size)] += 1
-    slots = ALIGNED * math.ceil(max(trained for _, trained in packs) / ALIGNED)
-    cross_entropy, graphs, warm = make_cross_entropy(logits_at_once), {}, []
-    pool = torch.cuda.graph_pool_handle()
-    for weight in weights:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+    slots = aligned(max(trained for _, trained in packs))
+    decoder, cross_entropy = model.get_base_model().get_decoder(), make_cross_entropy(logits_at_once)
+    graphs, pool = {}, torch.cuda.graph_pool_handle()
 
     def compute(batch, scale):
         loss = packed_loss(model, batch, cross_entropy) * scale
         loss.backward()
         return loss.detach()
 
+    def warm_up(batch):
+        """Has loaded what is loaded at its first use, which a capture must not do; adds gradients of 0."""
+        layers, random = decoder.layers, torch.cuda.get_rng_state(device)
+        decoder.layers = layers[:PATTERN]
+        try:
+            compute(batch, torch.zeros((), device=device))
+        finally:
+            decoder.layers = layers
+            torch.cuda.set_rng_state(random, device)
+
     def capture(batch, scale):
+        if not graphs:
+            warm_up(batch)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
@@ -293,8 +363,7 @@ def make_runner(model, weights, packs, pad_id, device, logits_at_once):
         length = next(length for length in lengths if length >= tokens_in(pack))
         batch = {k: v.to(device, non_blocking=True) for k, v in tensors(pack, length, slots, pad_id).items()}
         scale = torch.tensor(1 / total, device=device)
-        if not warm or uses[length] <= SELDOM:
-            warm.append(True)  # what is loaded at its first use is there now, which a capture must not do
+        if len(sizes) <= SELDOM:
             return compute(batch, scale)
         if length not in graphs:
             graphs[length] = capture(batch, scale)
@@ -317,7 +386,7 @@ def cut(rows, tokens, state):
     return pack(own[len(long) :], tokens), long
 
 
-def make(model, weights, examples, ahead, plan, plain, pad_id, state, logits_at_once):
+def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
     """Returns (add, sizes): train_qlora's add_gradients by graphs, and what its micro-batches are.
 
     ahead: the row numbers of every step of the run; plan: a memory_estimate.Plan; plain(rows, tokens=…,
@@ -339,7 +408,7 @@ def make(model, weights, examples, ahead, plan, plain, pad_id, state, logits_at_
             runners.clear()  # memory was full
             packs = [p for numbers in ahead for p in cut([rows[i] for i in numbers], tokens, state)[0]]
             packs = [(tokens_in(p), trained_in(p)) for p in packs]
-            runners[tokens] = make_runner(model, weights, packs, pad_id, state.device, logits_at_once)
+            runners[tokens] = make_runner(model, packs, pad_id, state.device, logits_at_once)
         return runners[tokens]
 
     def again(tokens):

