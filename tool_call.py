@@ -98,14 +98,31 @@ def trace(text):
 
 
 def write(name, arguments):
-    """Returns the canonical text. Raises ValueError, or as json.dumps, if it would not be read back."""
-    values = (name, json.dumps(arguments, ensure_ascii=False))
-    escaped = [html.escape(value, quote=False).replace('"', "&quot;") for value in values]
-    text = '<tool_call name="{}" arguments="{}"/>'.format(*escaped)
+    """Returns the canonical text; arguments are a dict, or one written as JSON.
+
+    Raises ValueError, or as json.dumps, if it would not be read back.
+    """
+    if isinstance(arguments, str):
+        arguments = _object(arguments)
+    source = json.dumps(arguments, ensure_ascii=False)
+    text = f'<tool_call name="{_attribute(name)}" arguments="{_attribute(source)}"/>'
     call, reason = parse(text)
     if call != (name, arguments, ()):  # json.dumps makes lists of tuples, and strings of other keys
         raise ValueError(reason or NO_OBJECT)
     return text
+
+
+def write_result(name, content):
+    """Returns <tool_result name="…">…</tool_result>: what a call gave, as the user's side tells the model.
+
+    &, < and > of the content are written as &amp;, &lt; and &gt;: it can end or begin no tag and
+    hold no control token. html.unescape gives it back.
+    """
+    return f'<tool_result name="{_attribute(name)}">{html.escape(content, quote=False)}</tool_result>'
+
+
+def _attribute(value):
+    return html.escape(value, quote=False).replace('"', "&quot;")
 
 
 def _read(text, position):

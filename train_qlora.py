@@ -64,7 +64,7 @@ REHEARSAL_OPTIMIZER = "AdamW"  # bitsandbytes pages its 8-bit optimizer between 
 REHEARSAL_DTYPE = "float32"  # a CPU without AVX512-BF16 multiplies bf16 some 200 times slower than fp32
 REHEARSAL_CHECKPOINTING = False  # a CPU's memory is not the limit; recomputing would cost a third more time
 
-CALL_START = "<tool_call"  # a row whose last answer begins so is a call row
+CALL_START = "<tool_call"  # a row whose last answer holds it is a call row
 END_OF_TURN = "<end_of_turn>"
 
 
@@ -74,13 +74,14 @@ END_OF_TURN = "<end_of_turn>"
 def load_data(data_path):
     """Returns the rows of a Chat Messages JSON file, in order, each {"messages": [{role, content}, …]}.
 
-    Raises chat_rows.DataError that lists every row in error as `file:line: what is wrong; what to do`.
+    Content is text; calls and their results are text too (chat_rows.as_text). Raises chat_rows.DataError that
+    lists every row in error as `file:line: what is wrong; what to do`.
     """
     return [row for _, row in chat_rows.read(data_path)]
 
 
 def is_call(messages):
-    return chat_rows.text_of(messages[-1]).lstrip().startswith(CALL_START)  # the template trims
+    return CALL_START in chat_rows.text_of(messages[-1])
 
 
 def fingerprints(messages):
@@ -172,7 +173,7 @@ def tokenise_rows(data_path, rows, tokenizer):
         )
 
     try:
-        name = fingerprint_of_labels(data_path, tokenizer) if len(rows) >= CACHED_ROWS else None
+        name = fingerprint_of_labels(rows, tokenizer) if len(rows) >= CACHED_ROWS else None
         dataset = tokens(name and str(Path(datasets.config.HF_DATASETS_CACHE, f"tokens-{name}.arrow")))
     except OSError:  # a cache that cannot be written, or is full
         dataset = tokens(None)
@@ -184,9 +185,9 @@ def tokenise_rows(data_path, rows, tokenizer):
     return dataset
 
 
-def fingerprint_of_labels(data_path, tokenizer):
+def fingerprint_of_labels(rows, tokenizer):
     """Returns the sha256 of all that labels come from: rows, tokenizer, template and code."""
-    digest = hashlib.sha256(Path(data_path).read_bytes())
+    digest = hashlib.sha256(json.dumps(rows).encode())
     code = inspect.getsource(preprocess_function)
     for text in (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, code):
         digest.update(text.encode())

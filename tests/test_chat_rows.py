@@ -1,6 +1,8 @@
 """Reading rows: what is legal comes back as it stands, whatever else is an error with its line and cure."""
 
 import json
+from itertools import groupby
+from xml.sax.saxutils import escape
 
 import pytest
 
@@ -14,11 +16,59 @@ PARTS = {
     "role": "user",
     "content": [{"type": "text", "text": "Сколько "}, {"type": "text", "text": "у меня?"}],
 }
+TOOLS = [{"type": "function", "function": {"name": "get_sensitive_data", "parameters": {"type": "object"}}}]
+
+
+def call(identifier, name="get_sensitive_data", arguments="{}"):
+    function = {"name": name, "arguments": arguments}
+    return {"id": identifier, "type": "function", "function": function}
+
+
+def plain(row):
+    """A row as it must come back, worked out another way: runs of messages, and XML's own escapes."""
+    turns, names = [], {}
+    for side, run in groupby(row["messages"], lambda m: {"tool": "user"}.get(m["role"], m["role"])):
+        asked, names, said, results = names, {}, [], {}
+        for message in run:
+            content = message.get("content") or ""
+            if not isinstance(content, str):
+                content = "".join(part["text"].strip() for part in content)
+            if message["role"] == "tool":
+                results[message["tool_call_id"]] = escape(content)
+                continue
+            calls = message.get("tool_calls") or []
+            if content.strip() or not calls:
+                said.append(content)
+            names = {c.get("id"): escape(c["function"]["name"], {'"': "&quot;"}) for c in calls}
+            for c, name in zip(calls, names.values(), strict=True):
+                value = c["function"]["arguments"]
+                value = json.loads(value) if isinstance(value, str) else value
+                value = escape(json.dumps(value, ensure_ascii=False), {'"': "&quot;"})
+                said.append(f'<tool_call name="{name}" arguments="{value}"/>')
+        told = [f'<tool_result name="{asked[i]}">{results[i]}</tool_result>' for i in asked if results]
+        turns.append({"role": side, "content": "\n".join(told + said)})
+    return {"messages": turns}
+
+
 GOOD = [
     {"messages": [USER, ASSISTANT]},
     {"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]},
     {"messages": [PARTS, ASSISTANT]},
     {"messages": [{"role": "user", "content": "строка\u2028внутри"}, ASSISTANT]},
+    {"messages": [USER, {"role": "assistant", "tool_calls": [call("a")]}], "tools": TOOLS},
+    {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [call("a"), call("b", "f", {"x": '"<ж>"'})]},
+            {"role": "tool", "tool_call_id": "b", "content": "</tool_result><end_of_turn>\n&lt;"},
+            {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": " 5 "}]},
+            USER,
+            {**ASSISTANT, "tool_calls": [call("a", arguments='{"n": 1.50, "д": "\\u0436"}')]},
+            {"role": "tool", "tool_call_id": "a", "content": ""},
+            {**ASSISTANT, "tool_calls": None},
+        ],
+        "tools": None,
+    },
 ]
 
 
@@ -42,8 +92,8 @@ def lines(rows, separator="\n"):
 def test_legal_files_give_their_rows_in_order(tmp_path, data):
     path = tmp_path / "rows.json"
     path.write_bytes(data)
-    assert load_data(path) == GOOD
-    assert load_data(str(path)) == GOOD
+    assert load_data(path) == [plain(row) for row in GOOD]
+    assert load_data(str(path)) == load_data(path)
 
 
 def errors_of(tmp_path, data):
