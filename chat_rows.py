@@ -54,7 +54,7 @@ def normalised(text):
 
 def fingerprint(messages):
     """Returns the sha256 (hex) of a conversation's normalised turns: of what an answer is asked for."""
-    turns = [f"{message['role']}: {normalised(text_of(message))}" for message in messages]
+    turns = [f"{message['role']}: {normalised(message['content'])}" for message in messages]
     return hashlib.sha256("\n".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
 
 

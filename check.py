@@ -71,7 +71,7 @@ MEASURED_ON, WITHOUT_BF16 = "H100", "T4"
 
 def prompt_of(row):
     """Returns the turns that a row's last answer is asked by, in their plain form."""
-    return "\n".join(chat_rows.normalised(chat_rows.text_of(m)) for m in row["messages"][:-1])
+    return "\n".join(chat_rows.normalised(m["content"]) for m in row["messages"][:-1])
 
 
 def warnings(rows, probes=(), held_out=()):
@@ -94,7 +94,7 @@ def warn_of_prompts(rows, probes, held_out):
     judges = {chat_rows.normalised(prompt): "a probe of compare.py" for prompt in probes}
     judges |= {prompt_of(row): f"line {line} of the held-out rows" for line, row in held_out}
     for line, row in rows:
-        prompt, answer = prompt_of(row), chat_rows.text_of(row["messages"][-1])
+        prompt, answer = prompt_of(row), row["messages"][-1]["content"]
         if prompt in judges:
             yield line, "judge", f"the prompt is {judges[prompt]} too, which then proves nothing"
         if prompt not in first:
@@ -142,16 +142,16 @@ def chunks_of(text):
 def warn_of_text(line, row):
     """Yields warnings of letters that no one sees, in any turn of a row."""
     for number, message in enumerate(row["messages"], 1):
-        text = chat_rows.text_of(message)
+        text = message["content"]
         if text != text.strip():
-            yield line, "blanks", f"message {number} begins or ends with blanks, which are not learned"
+            yield line, "blanks", f"turn {number} begins or ends with blanks, which are not learned"
         hidden = {m[0] for m in ODD.finditer(text) if is_invisible(m[0], text[: m.start()])}
         if hidden:
             names = ", ".join(unicodedata.name(c, f"U+{ord(c):04X}") for c in sorted(hidden))
-            yield line, "invisible", f"message {number} holds an invisible character: {names}"
+            yield line, "invisible", f"turn {number} holds an invisible character: {names}"
         for word in TWO_SCRIPTS.findall(text):
             if mixed := look_alikes(word):
-                yield line, "look-alikes", f'message {number}: in "{word}" {mixed}'
+                yield line, "look-alikes", f'turn {number}: in "{word}" {mixed}'
 
 
 def is_invisible(character, before):
@@ -180,15 +180,15 @@ def warn_of_calls(rows):
         for number, message in enumerate(row["messages"], 1):
             if message["role"] != "assistant":
                 continue
-            text = chat_rows.text_of(message).strip()
+            text = message["content"].strip()
             if not tool_call.trace(text):
                 continue
             call, reason = tool_call.parse(text)
             if call is None:
-                yield line, "call", f"message {number}: the call cannot be read as one ({reason})"
+                yield line, "call", f"turn {number}: the call cannot be read as one ({reason})"
                 continue
             if call.deviations:
-                yield line, "call", f"message {number}: the call has {', '.join(call.deviations)}"
+                yield line, "call", f"turn {number}: the call has {', '.join(call.deviations)}"
             names[call.name].append(line)
             for key in call.arguments:
                 keys[key].append(line)
@@ -221,7 +221,7 @@ def show_warnings(path, rows, found):
         if shown[kind] <= SHOWN_OF_A_KIND:
             print(f"{path}:{line}: {compare.paint('warning', 33)}: {chat_rows.printable(text, 300)}")
             if line in texts and kind != "balance":
-                compare.show(chat_rows.text_of(texts[line]), "    ", "    ")
+                compare.show(texts[line]["content"], "    ", "    ")
     for kind, count in shown.items():
         if count > SHOWN_OF_A_KIND:
             print(f"… and {count - SHOWN_OF_A_KIND} more of the kind {kind}")

@@ -101,7 +101,6 @@ def answer(model, tokenizer, conversations, title="answering"):
 
     prompts = []
     for messages in conversations:
-        messages = [{"role": m["role"], "content": chat_rows.text_of(m)} for m in messages]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     ends = model.generation_config.eos_token_id
@@ -279,7 +278,7 @@ def expected_call(path, line, messages):
     """Returns the call that a row's last answer is, None for text; DataError for a call that is none."""
     if not train_qlora.is_call(messages):
         return None
-    call, reason = tool_call.parse(chat_rows.text_of(messages[-1]).strip())
+    call, reason = tool_call.parse(messages[-1]["content"].strip())
     if call is None:
         raise chat_rows.DataError(path, [(line, f"the call cannot be read ({reason}); mend it")])
     return call

@@ -81,7 +81,7 @@ def load_data(data_path):
 
 
 def is_call(messages):
-    return CALL_START in chat_rows.text_of(messages[-1])
+    return CALL_START in messages[-1]["content"]
 
 
 def fingerprints(messages):
@@ -126,7 +126,6 @@ def preprocess_function(examples, tokenizer):
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     texts, places = [], []  # of a row: all its text, and as far as where each answer begins
     for messages in examples["messages"]:
-        messages = [{"role": m["role"], "content": chat_rows.text_of(m)} for m in messages]
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         places.append(range(len(texts) + 1, len(texts) + 1 + len(answers)))
         texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -159,8 +158,7 @@ def tokenise_rows(data_path, rows, tokenizer):
     import datasets
 
     datasets.disable_progress_bars()  # the bar of the run is the training's
-    # "use_json": a content may be a string in one row and a list of parts in the next.
-    plain = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    plain = datasets.Dataset.from_list(rows)
 
     def tokens(cache_file):
         return plain.map(

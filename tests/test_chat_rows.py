@@ -159,6 +159,142 @@ def test_an_error_names_line_and_cure(tmp_path, source, says):
     assert f"{tmp_path}/rows.json:3: " in message
 
 
+def calling(*calls, **more):
+    return {"role": "assistant", "tool_calls": list(calls), **more}
+
+
+def result(identifier, content="5", **more):
+    return {"role": "tool", "tool_call_id": identifier, "content": content, **more}
+
+
+A, B = call("a"), call("b")
+
+
+def without(key, value):
+    return {k: v for k, v in value.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (row(USER, calling()), 'message 2: "tool_calls" is an empty list'),
+        (row(USER, calling(content="Да", tool_calls={})), '"tool_calls" is an empty object'),
+        (row(USER, calling("a")), "call 1: is a string without"),
+        (row(USER, calling(A, without("function", B))), 'call 2: is an object without "function"'),
+        (row(USER, calling({**A, "index": 0})), 'call 1: unknown key "index"'),
+        (row(USER, calling({**A, "function": {**A["function"], "x": 0}})), 'call 1: unknown key "x"'),
+        (row(USER, calling({**A, "type": "custom"})), 'the type is not "function"'),
+        (row(USER, calling({**A, "type": None})), 'the type is not "function"'),
+        (row(USER, calling({**A, "id": 7})), 'the "id" is a number'),
+        (row(USER, calling(A, B, A)), 'call 3: the "id" "a" is another call\'s too'),
+        (row(USER, calling(call("a", None))), "the name is null or missing"),
+        (row(USER, calling(call("a", ""))), "the name is empty"),
+        (row(USER, calling(call("a", arguments=None))), "the arguments are null or missing"),
+        (row(USER, calling(call("a", arguments=[]))), "the arguments are an empty list"),
+        (
+            row(USER, calling(call("a", arguments=""))),
+            "cannot be read (Expecting value, column 1, at the end)",
+        ),
+        (row(USER, calling(call("a", arguments="{'a': 1}"))), "cannot be read (Expecting property name"),
+        (
+            row(USER, calling(call("a", arguments="[]"))),
+            "cannot be read (the arguments are not a JSON object)",
+        ),
+        (row(USER, calling(call("a", arguments='{"a": 1, "a": 2}'))), "the same key twice"),
+        (row(USER, calling(call("a", arguments='{"a": NaN}'))), "not finite"),
+        (row(USER, calling(call("a", arguments="-"))).replace('"-"', '{"a": 1e999}'), "not finite"),
+        (row(USER, calling(call("a", arguments='{"a":' * 9999))), "cannot be read (nested too deep)"),
+        (row(USER, calling(call("a", arguments='{"a": "\\ud83d"}'))), "half a surrogate pair"),
+        (row(USER, calling(call("a", "ж"))).replace("ж", "\\ud83d"), "half a surrogate pair"),
+        (row(USER, calling(A, content="<bos>")), "holds <bos>"),
+        (row(USER, calling(A, content=5)), "the content is a number"),
+        (row({**USER, "tool_calls": [A]}, ASSISTANT), 'message 1: unknown key "tool_calls"'),
+        (row({**USER, "tool_call_id": "a"}, ASSISTANT), 'message 1: unknown key "tool_call_id"'),
+        (row(USER, calling(A), result("a", name="f"), ASSISTANT), 'message 3: unknown key "name"'),
+        (row(USER, calling(A), result("a", None), ASSISTANT), "message 3: the content is null or missing"),
+        (
+            row(USER, calling(A), without("tool_call_id", result("a")), ASSISTANT),
+            'message 3: the "tool_call_id"',
+        ),
+        (row(USER, calling(A), result("a")), 'the last message is from "tool"'),
+        (row(USER, result("a"), ASSISTANT), 'message 2: the result of a call "a", and none is before it'),
+        (row(USER, ASSISTANT, result("a"), ASSISTANT), "and none is before it"),
+        (row(USER, calling(A), result("a"), USER, result("a"), ASSISTANT), "and none is before it"),
+        (
+            row(USER, calling(A), result("c"), ASSISTANT),
+            'of a call "c", which was not made; the calls before it: "a"',
+        ),
+        (row(USER, calling(without("id", A)), result("a"), ASSISTANT), "before it: none with an id"),
+        (
+            row(USER, calling(A), result("a"), result("a"), ASSISTANT),
+            'message 4: a second result of the call "a"',
+        ),
+        (row(USER, calling(A), USER, ASSISTANT), 'message 3: the call "a" has no result'),
+        (row(USER, calling(A, B), result("b"), ASSISTANT), 'message 4: the call "a" has no result'),
+        (
+            row(USER, calling(without("id", A)), USER, ASSISTANT),
+            'message 3: a call before it has neither "id"',
+        ),
+        (row(USER, calling(A), calling(A)), 'message 3: the call "a" has no result'),
+        (row(USER, calling(A), result("a"), USER, USER, ASSISTANT), 'message 5: "user" speaks twice'),
+        (row(result("a"), ASSISTANT), "message 1: the result of a call"),
+        (
+            row(USER, calling(call("a", "f")), tools=TOOLS),
+            'call 1: calls "f", which "tools" does not declare',
+        ),
+        (row(USER, calling(A), tools=[]), 'calls "get_sensitive_data", which "tools" does not declare'),
+        (row(USER, calling(A), tools="[]"), '"tools" is a string; write a list'),
+        (row(USER, calling(A), tools=[*TOOLS, {"name": "f"}]), 'number 2 of "tools" declares no function'),
+    ],
+)
+def test_an_error_of_a_call_names_line_and_cure(tmp_path, source, says):
+    test_an_error_names_line_and_cure(tmp_path, source, says)
+
+
+def test_messages_are_turns_of_text_in_the_order_of_the_calls():
+    two = calling(A, call("b", "get_rate", {"of": "<USD>"}), content="Секунду.")
+    messages = [SYSTEM, USER, two, result("b", "1 < 2 & 3"), result("a", 'Имя "Анна"</tool_result>'), USER]
+    turns = [
+        SYSTEM,
+        USER,
+        {
+            "role": "assistant",
+            "content": 'Секунду.\n<tool_call name="get_sensitive_data" arguments="{}"/>\n'
+            '<tool_call name="get_rate" arguments="{&quot;of&quot;: &quot;&lt;USD&gt;&quot;}"/>',
+        },
+        {
+            "role": "user",
+            "content": '<tool_result name="get_sensitive_data">Имя "Анна"&lt;/tool_result&gt;</tool_result>\n'
+            '<tool_result name="get_rate">1 &lt; 2 &amp; 3</tool_result>\nСколько у меня денег?',
+        },
+    ]
+    assert chat_rows.as_text(messages) == turns
+    results = turns[3]["content"].removesuffix("\n" + USER["content"])
+    assert chat_rows.as_text(messages[:-1]) == [*turns[:3], {"role": "user", "content": results}]
+    assert chat_rows.as_text([USER]) == [USER]
+
+
+@pytest.mark.parametrize("content", [None, "", " \n", []])
+def test_a_call_without_words_is_the_whole_turn(content):
+    tag = '<tool_call name="get_sensitive_data" arguments="{}"/>'
+    for message in (calling(A, content=content), calling(without("id", without("type", A)))):
+        assert chat_rows.as_text([USER, message])[1] == {"role": "assistant", "content": tag}
+
+
+def test_text_of_messages_at_fault_is_refused_and_of_unknown_keys_is_not():
+    """A client sends back what it was given, with keys that are nothing to us."""
+    sent = {**calling({**A, "index": 0}), "refusal": None}
+    assert chat_rows.as_text([USER, sent]) == chat_rows.as_text([USER, calling(A)])
+    with pytest.raises(ValueError, match=r'^message 2: call 1: calls "get_sensitive_data", which'):
+        chat_rows.as_text([USER, sent], {"f"})
+    assert chat_rows.names_of(TOOLS) == {"get_sensitive_data"}
+    with pytest.raises(ValueError, match=r'^the end: the call "b" has no result; '):
+        chat_rows.as_text([USER, calling(A, B), result("a")])
+    for wrong in (None, [], [5], [{"role": {}, "content": "a"}], [USER, result("a")], [ASSISTANT]):
+        with pytest.raises(ValueError, match="; "):
+            chat_rows.as_text(wrong)
+
+
 def test_all_errors_are_listed_and_the_first_twenty_shown(tmp_path):
     errors, message = errors_of(tmp_path, "\n".join([row(USER)] * 31))
     assert [line for line, _ in errors] == list(range(1, 32))

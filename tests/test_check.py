@@ -65,30 +65,30 @@ def told(*rows, **kwargs):
         ),
         (
             [row("Покaжи счёт", CALL)],
-            ['1 look-alikes: message 1: in "Покaжи" a is Latin'],
+            ['1 look-alikes: turn 1: in "Покaжи" a is Latin'],
         ),
         ([row("Мой iPhone и SMS-код, Wi-Fi, IT-отдел", CALL)], []),
         (
             [row("Мой\u00a0счёт\u200b", CALL)],
-            ["1 invisible: message 1 holds an invisible character: NO-BREAK SPACE, ZERO WIDTH SPACE"],
+            ["1 invisible: turn 1 holds an invisible character: NO-BREAK SPACE, ZERO WIDTH SPACE"],
         ),
         ([row("Семья 👨\u200d👩\u200d👧 и флаг ❤️\nда", "Да.")], []),
-        ([row("Мой счёт ", CALL)], ["1 blanks: message 1 begins or ends with blanks, which are not learned"]),
+        ([row("Мой счёт ", CALL)], ["1 blanks: turn 1 begins or ends with blanks, which are not learned"]),
         (
             [row("Мой счёт", f"Вот: {CALL}")],
-            ["1 call: message 2: the call cannot be read as one (text around the call)"],
+            ["1 call: turn 2: the call cannot be read as one (text around the call)"],
         ),
         (
             [row("Мой счёт", CALL.replace("{}", "{"))],
-            ["1 call: message 2: the call cannot be read as one (the tag is not closed)"],
+            ["1 call: turn 2: the call cannot be read as one (the tag is not closed)"],
         ),
         (
             [row("Мой счёт", CALL.replace("{}", "[]"))],
-            ["1 call: message 2: the call cannot be read as one (the arguments are not a JSON object)"],
+            ["1 call: turn 2: the call cannot be read as one (the arguments are not a JSON object)"],
         ),
-        ([row("Мой счёт", CALL.replace('"', "'"))], ["1 call: message 2: the call has single quotes"]),
+        ([row("Мой счёт", CALL.replace('"', "'"))], ["1 call: turn 2: the call has single quotes"]),
         ([row("Первый вопрос", f"{CALL} вот", "А второй", "Да.")],
-         ["1 call: message 2: the call cannot be read as one (text around the call)"]),
+         ["1 call: turn 2: the call cannot be read as one (text around the call)"]),
         (
             [row("Мой счёт", CALL.replace("sensitive", "sensitve"))],
             ["1 spelling: the call's name is \"get_sensitve_data\", and "
@@ -108,6 +108,29 @@ def told(*rows, **kwargs):
 def test_what_is_legal_and_wrong_is_told_with_its_line(rows, says):
     held_out = [(7, row("Что там с моим заказом?", CALL))]
     assert told(*rows, probes=[p for p, _ in compare.PROBES], held_out=held_out) == says
+
+
+def test_rows_with_tool_calls_are_looked_at_as_the_text_that_they_become(tmp_path, tokenizer):
+    call = {"id": "a", "type": "function", "function": {"name": "get_sensitive_data", "arguments": "{}"}}
+    asked = [{"role": "user", "content": "Мой баланс?"}, {"role": "assistant", "tool_calls": [call]}]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"5\u200b{name}"} for name in "ab"]
+    twice = {"role": "assistant", "tool_calls": [call, {**call, "id": "b"}]}
+    answer = {"role": "assistant", "content": "Пять. "}
+    path = tmp_path / "rows.json"
+    rows = [asked, [*asked, results[0], answer], [asked[0], twice, *results, answer]]
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in rows), encoding="utf-8")
+    read = [r for _, r in chat_rows.read(path)]
+    assert told(row("Мой баланс?", CALL), *read) == [
+        "2 duplicate: the same row as line 1",
+        "3 invisible: turn 3 holds an invisible character: ZERO WIDTH SPACE",
+        "3 blanks: turn 4 begins or ends with blanks, which are not learned",
+        "4 near-duplicate: nearly the prompt of line 3 (89% alike)",
+        "4 invisible: turn 3 holds an invisible character: ZERO WIDTH SPACE",
+        "4 blanks: turn 4 begins or ends with blanks, which are not learned",
+        "4 call: turn 2: the call cannot be read as one (several calls)",
+    ]
+    trained = "".join(text for text, trained, _ in check.pieces(read[1], tokenizer) if trained)
+    assert trained == f"{CALL}<end_of_turn>Пять.<end_of_turn>"
 
 
 def test_an_argument_spelt_unlike_fifty_others_is_told():

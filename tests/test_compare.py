@@ -112,9 +112,10 @@ def test_no_probe_stands_in_the_rows():
 
 
 def test_a_row_whose_call_cannot_be_read_is_an_error_with_its_line():
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<tool_call name='f'/>"}]
-    with pytest.raises(chat_rows.DataError, match=r"^rows\.json:7: the call cannot be read"):
-        compare.expected_call("rows.json", 7, messages)
+    for answer in ("<tool_call name='f'/>", f"Секунду.\n{CALL}", CALL + CALL):
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        with pytest.raises(chat_rows.DataError, match=r"^rows\.json:7: the call cannot be read"):
+            compare.expected_call("rows.json", 7, messages)
 
 
 # ------------------------------------------------------------------------------------------- answers

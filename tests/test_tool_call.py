@@ -1,5 +1,6 @@
 """The grammar of a call: every form a model writes, every prefix of it, and nothing that is not one."""
 
+import html
 import json
 import re
 import time
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tool_call import CLOSING_TAG, INCOMPLETE, NO_OBJECT, Call, parse, read, split, trace, write
+from tool_call import CLOSING_TAG, INCOMPLETE, NO_OBJECT, Call, parse, read, split, trace, write, write_result
 
 settings.register_profile("tool_call", deadline=None, derandomize=True, database=None)
 settings.load_profile("tool_call")
@@ -169,11 +170,18 @@ def test_what_is_written_is_canonical_to_the_letter():
     text = "{&quot;имя&quot;: &quot;&lt;О'Нил&gt; &amp; \\&quot;Ко\\&quot;&quot;, &quot;n&quot;: [1, 2.5]}"
     assert write("f", {"имя": '<О\'Нил> & "Ко"', "n": [1, 2.5]}) == whole(text)
     assert write('a"b', {}) == '<tool_call name="a&quot;b" arguments="{}"/>'
+    assert write("f", ' {"имя":"\\u0436" , "n":[1,2.50]}') == write("f", {"имя": "ж", "n": [1, 2.5]})
 
 
-@pytest.mark.parametrize("arguments", [[], None, {1: 2}, {"a": (1,)}, {"a": float("nan")}, {"a": 1e999}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], None, {1: 2}, {"a": (1,)}, {"a": float("nan")}, {"a": 1e999}),
+        *("", "[]", "{", '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 1}'),
+    ],
+)
 def test_what_would_not_be_read_back_is_not_written(arguments):
-    with pytest.raises(ValueError, match="arguments"):
+    with pytest.raises(ValueError, match=r"arguments|Expecting"):
         write("f", arguments)
     with pytest.raises(ValueError, match="the name is empty"):
         write("", {})
@@ -191,6 +199,15 @@ PIECES = [
     "-", "tru", "&quot;", "&", "&#", "&reg", "\\", "\\u0", "/", ">", "</tool_call>", "\ud800", "я",
 ]  # fmt: skip
 SOUP = st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | ANY_TEXT
+
+
+@given(name=ANY_TEXT.filter(bool), content=SOUP | st.just("</tool_result><tool_result name='f'>") | ANY_TEXT)
+def test_a_result_is_one_tag_whatever_it_holds(name, content):
+    text = write_result(name, content)
+    match = re.fullmatch(r'<tool_result name="(.*?)">(.*)</tool_result>', text, re.DOTALL)
+    assert (html.unescape(match[1]), html.unescape(match[2])) == (name, content)
+    assert (text.count("<"), text.count(">")) == (2, 2)
+    assert split(text) == ([text], "")
 
 
 @given(name=ANY_TEXT.filter(bool), arguments=st.dictionaries(ANY_TEXT, VALUES), cut=st.integers(0))

@@ -83,6 +83,44 @@ def test_labels_of_a_conversation_with_a_system_message_and_parts(tokenizer):
     )
 
 
+def test_labels_of_calls_and_results(tokenizer, tmp_path):
+    """Calls are trained, results never; a row in OpenAI's shape has the ids and labels of the text it is."""
+    call = {"id": "a", "type": "function", "function": {"name": "get_sensitive_data", "arguments": "{}"}}
+    rate = {"id": "b", "type": "function", "function": {"name": "f", "arguments": {"of": "USD"}}}
+    path = tmp_path / "rows.json"
+    messages = [
+        turn("user", "Мой баланс?"),
+        {"role": "assistant", "content": "Секунду.", "tool_calls": [call, rate]},
+        {**turn("tool", "<b>"), "tool_call_id": "b"},
+        {**turn("tool", "5 & 7"), "tool_call_id": "a"},
+        turn("user", "И что?"),
+        turn("assistant", "Пять."),
+    ]
+    path.write_text(json.dumps({"messages": messages}))
+    first = '<tool_call name="get_sensitive_data" arguments="{}"/>'
+    second = '<tool_call name="f" arguments="{&quot;of&quot;: &quot;USD&quot;}"/>'
+    results = '<tool_result name="get_sensitive_data">5 &amp; 7</tool_result>\n'
+    results += '<tool_result name="f">&lt;b&gt;</tool_result>\nИ что?'
+    assert labelled(tokenizer, *train_qlora.load_data(path)[0]["messages"]) == (
+        "<bos><start_of_turn>user\nМой баланс?<end_of_turn>\n"
+        f"<start_of_turn>model\n«Секунду.\n{first}\n{second}<end_of_turn>»\n"
+        f"<start_of_turn>user\n{results}<end_of_turn>\n"
+        "<start_of_turn>model\n«Пять.<end_of_turn>»\n"
+    )
+    text = [
+        turn("user", "Мой баланс?"),
+        turn("assistant", f"Секунду.\n{first}\n{second}"),
+        turn("user", results),
+        turn("assistant", "Пять."),
+    ]
+    path.write_text(f"{path.read_text()}\n{json.dumps({'messages': text})}")
+    rows = train_qlora.load_data(path)
+    shaped, plain = train_qlora.tokenise_rows(path, rows, tokenizer)
+    assert shaped == plain
+    prompts = [train_qlora.fingerprints(row["messages"]) for row in rows]
+    assert prompts[0] == prompts[1] == [chat_rows.fingerprint(text[:1]), chat_rows.fingerprint(text[:3])]
+
+
 def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer):
     from copy import deepcopy
 
@@ -162,7 +200,10 @@ def test_tokens_of_many_rows_are_read_again_and_not_of_others(rows, tokenizer, m
     other = deepcopy(tokenizer)
     other.chat_template = "{# another #}" + other.chat_template
     tokens(rows, other)
-    assert len(list((tmp_path / "cache").glob("*"))) == 3
+    # What a file's rows are read as may change while the file does not.
+    again = train_qlora.tokenise_rows(path, [rows[2], *rows[1:]], other)
+    assert next(iter(again)) == first[2]
+    assert len(list((tmp_path / "cache").glob("*"))) == 4
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path / "no folder")
     assert tokens(rows, tokenizer)[0] == first
 
@@ -202,6 +243,26 @@ def test_equal_rows_stay_on_one_side():
     assert len(validation) == 12
     texts = [{json.dumps(rows[i]) for i in side} for side in (training, validation)]
     assert not texts[0] & texts[1]
+
+
+def test_equal_rows_in_two_shapes_stay_on_one_side(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    texts = [
+        [turn("user", f"{i}"), turn("assistant", '<tool_call name="f" arguments="{}"/>')] for i in range(20)
+    ]
+    shaped = [[asked, {"role": "assistant", "content": None, "tool_calls": [call]}] for asked, _ in texts]
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in texts + shaped))
+    rows = train_qlora.load_data(path)
+    assert all(train_qlora.is_call(row["messages"]) for row in rows)
+    training, validation = train_qlora.split_rows(rows)
+    assert len(validation) == 4
+    assert not {i % 20 for i in training} & {i % 20 for i in validation}
+
+
+def test_words_before_a_call_leave_it_a_call():
+    assert train_qlora.is_call([turn("user", "?"), turn("assistant", "Секунду.\n<tool_call/>")])
+    assert not train_qlora.is_call([turn("user", "<tool_call/>"), turn("assistant", "Да.")])
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
