@@ -2,8 +2,10 @@
 
     python compare.py             six probes, and the rows of heldout.json that no one was trained on
     python compare.py --bits 4    on a card that the unquantised model does not fit
+    python compare.py --endpoint http://127.0.0.1:8000/v1    the same, of a model that is served already
 
-Exits with 0 if tuned passes all six probes, 1 if not, 2 for wrong arguments or a damaged adapter.
+Exits with 0 if tuned (the endpoint) passes all six probes, 1 if not, 2 for wrong arguments, a damaged
+adapter or an endpoint that does not answer.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import NamedTuple
 import adapter_folder
 import chat_rows
 import download_model
+import endpoint
 import machine
 import tool_call
 import train_qlora
@@ -240,13 +243,16 @@ def show_probe(number, probe):
     seen = " (seen in training: proves nothing)" if probe["seen"] else ""
     print(f"\nprobe {number}    {verdict}{seen}")
     lines = {"prompt": probe["prompt"], "expected": probe["expected"]}
-    for name, text in {**lines, "base": probe["base"], "tuned": probe["tuned"]}.items():
+    lines |= {name: probe[name] for name in ("base", "tuned", "endpoint") if name in probe}
+    for name, text in lines.items():
         show(text, f"  {name:<10}", " " * 12)
     if probe["deviations"]:
         print(f"  {'form':<10}{', '.join(probe['deviations'])}")
 
 
-def show_table(title, base, tuned):
+def show_table(title, columns):
+    """Prints the figures of each column, by its name."""
+
     def rate(figures, name):
         part, whole = figures["of"][name]
         if figures[name] is None:
@@ -255,7 +261,11 @@ def show_table(title, base, tuned):
         counts = "" if name == "f1" else f"{part} of {whole}: "
         return f"{counts}{figures[name]:.2f} ({low:.2f}–{high:.2f})"
 
-    print(f"\n{title:<26}{'base':>27}{'tuned':>27}")
+    def line(label, cells):
+        print(f"{label:<26}" + "".join(f"{cell:>27}" for cell in cells))
+
+    print()
+    line(title, columns)
     labels = {
         "needed": "calls needed",
         "right": "  made right",
@@ -264,11 +274,59 @@ def show_table(title, base, tuned):
     }
     labels |= {"general": "text needed", "false": "  false calls", "unfit": "  empty or unended"}
     for key, label in labels.items():
-        print(f"{label:<26}{base[key]:>27}{tuned[key]:>27}")
+        line(label, [figures[key] for figures in columns.values()])
     for name in ("precision", "recall", "f1", "false_call_rate"):
         label = {"f1": "F1"}.get(name, name.replace("_", "-"))
-        print(f"{label:<26}{rate(base, name):>27}{rate(tuned, name):>27}")
+        line(label, [rate(figures, name) for figures in columns.values()])
     print("in brackets: 95 % Wilson interval")
+
+
+def show_answers(data, rows, expected, answers, seen):
+    """Shows the answers to probes and rows, {"base": [Answer, …], "tuned": …}, and judges the last of them.
+
+    Returns the part of the report that tells of it.
+    """
+    judged_one = list(answers)[-1]
+    verdicts = {
+        name: [judge(a, e) for a, e in zip(given, expected, strict=True)] for name, given in answers.items()
+    }
+    probes = []
+    for i, (prompt, need) in enumerate(PROBES):
+        kind, reason = verdicts[judged_one][i]
+        call = tool_call.parse(answers[judged_one][i].text)[0]
+        probe = {
+            "prompt": prompt,
+            "expected": "a call" if need else "text",
+            **{name: given[i].text for name, given in answers.items()},
+            "pass": kind == "right",
+            "reason": reason,
+            "deviations": list(call.deviations) if call else [],
+            "seen": seen[i],
+        }
+        probes.append(probe)
+        show_probe(i + 1, probe)
+
+    n = len(PROBES)
+    judged = [i for i in range(n, len(expected)) if not seen[i]]
+    table = {
+        name: figures([verdicts[name][i][0] for i in judged], [expected[i] is not None for i in judged])
+        for name in verdicts
+    }
+    show_table(chat_rows.printable(str(data), 25), table)
+    failing = []
+    for i in range(n, len(expected)):
+        line, text, (kind, reason) = rows[i - n][0], answers[judged_one][i].text, verdicts[judged_one][i]
+        if seen[i]:
+            print(f"{data}:{line}: seen in training, left out of the figures")
+        elif kind != "right":
+            failing.append({"line": line, "kind": kind, "reason": reason, judged_one: text})
+            show(f"{reason}: {text}", f"{data}:{line}: ", "    ")
+    return {
+        "data": data,
+        "probes": probes,
+        "rows": {**table, "seen_in_training": sum(seen[n:]), "failing": failing},
+        "passed": sum(probe["pass"] for probe in probes),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -284,21 +342,48 @@ def expected_call(path, line, messages):
     return call
 
 
-def parse_arguments():
+def questions(args):
+    """Returns the rows, and of probes and rows the conversations and what each must be answered with."""
+    rows = chat_rows.read(args.data)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise RunError(f"{args.json} cannot be written: its folder is not there; make it first")
+    conversations = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
+    conversations += [row["messages"][:-1] for _, row in rows]
+    expected = [CALL if need else None for _, need in PROBES]
+    expected += [expected_call(args.data, line, row["messages"]) for line, row in rows]
+    return rows, conversations, expected
+
+
+def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description="Compare base and tuned model on probes and held-out rows.")
-    parser.add_argument(
-        "--adapter", default=train_qlora.OUTPUT_DIR, help="folder of the adapter (default: %(default)s)"
-    )
+    parser.add_argument("--adapter", help=f"folder of the adapter (default: {train_qlora.OUTPUT_DIR})")
     parser.add_argument("--data", default=HELD_OUT, help="rows never trained on (default: %(default)s)")
     parser.add_argument("--bits", type=int, choices=[4, 8], help="quantise the base (default: unquantised)")
     parser.add_argument("--json", metavar="FILE", help="write everything there too")
-    return parser.parse_args()
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="ask a served model instead, such as http://127.0.0.1:8000/v1"
+    )
+    parser.add_argument("--model", help="its name there (default: the first that the endpoint lists)")
+    args = parser.parse_args(arguments)
+    if args.endpoint is None:
+        if args.model is not None:
+            parser.error("--model names a model of an endpoint; name that with --endpoint")
+        args.adapter = args.adapter or train_qlora.OUTPUT_DIR
+        return args
+    if args.adapter or args.bits:
+        parser.error("an endpoint answers as it is served; take --adapter and --bits out, or --endpoint")
+    try:
+        args.endpoint = endpoint.check_address(args.endpoint)
+    except ValueError:
+        cure = f"write http://host:port/v1, and put a key into {endpoint.KEY}"
+        parser.error(f"--endpoint is no plain http or https address; {cure}")
+    return args
 
 
 def main():
     args = parse_arguments()
     try:
-        sys.exit(run(args))
+        sys.exit(run_endpoint(args) if args.endpoint else run(args))
     except (RunError, download_model.ModelError, chat_rows.DataError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -316,13 +401,7 @@ def main():
 
 def run(args):
     """Returns the exit code: 0 if tuned passes every probe, else 1."""
-    rows = chat_rows.read(args.data)
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise RunError(f"{args.json} cannot be written: its folder is not there; make it first")
-    conversations = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
-    conversations += [row["messages"][:-1] for _, row in rows]
-    expected = [CALL if need else None for _, need in PROBES]
-    expected += [expected_call(args.data, line, row["messages"]) for line, row in rows]
+    rows, conversations, expected = questions(args)
     started = time.perf_counter()
     model, tokenizer, settings = load(args.adapter, args.bits)
     loaded = time.perf_counter()
@@ -342,51 +421,10 @@ def run(args):
     seconds = {"loading": round(loaded - started, 1), "answering": round(time.perf_counter() - loaded, 1)}
     memory = machine.peak_memory(model.device)
 
-    verdicts = {
-        name: [judge(a, e) for a, e in zip(answers, expected, strict=True)]
-        for name, answers in (("base", base), ("tuned", tuned))
-    }
-    probes = []
-    for i, (prompt, need) in enumerate(PROBES):
-        kind, reason = verdicts["tuned"][i]
-        call = tool_call.parse(tuned[i].text)[0]
-        probe = {
-            "prompt": prompt,
-            "expected": "a call" if need else "text",
-            "base": base[i].text,
-            "tuned": tuned[i].text,
-            "pass": kind == "right",
-            "reason": reason,
-            "deviations": list(call.deviations) if call else [],
-            "seen": seen[i],
-        }
-        probes.append(probe)
-        show_probe(i + 1, probe)
-
-    n = len(PROBES)
-    judged = [i for i in range(n, len(expected)) if not seen[i]]
-    table = {
-        name: figures([verdicts[name][i][0] for i in judged], [expected[i] is not None for i in judged])
-        for name in verdicts
-    }
-    show_table(chat_rows.printable(str(args.data), 25), table["base"], table["tuned"])
-    failing = []
-    for i in range(n, len(expected)):
-        line, (kind, reason) = rows[i - n][0], verdicts["tuned"][i]
-        if seen[i]:
-            print(f"{args.data}:{line}: seen in training, left out of the figures")
-        elif kind != "right":
-            failing.append({"line": line, "kind": kind, "reason": reason, "tuned": tuned[i].text})
-            show(f"{reason}: {tuned[i].text}", f"{args.data}:{line}: ", "    ")
-
-    passed = sum(probe["pass"] for probe in probes)
-    report = {
+    report = show_answers(args.data, rows, expected, {"base": base, "tuned": tuned}, seen)
+    report |= {
         "base_model": model.peft_config["default"].base_model_name_or_path,
         "bits": args.bits,
-        "data": args.data,
-        "probes": probes,
-        "rows": {**table, "seen_in_training": sum(seen[n:]), "failing": failing},
-        "passed": passed,
         "device": machine.device_name(model.device),
         "seconds": seconds,
         "peak_memory_gib": memory,
@@ -395,11 +433,49 @@ def run(args):
         whole_files.write_json(path, report)
     print(f"\nmemory     {machine.told(memory)}")
     print(f"time       {seconds['loading']} s imports and loading, {seconds['answering']} s answering")
-    print(f"verdict    tuned passes {passed} of {n} probes")
-    if passed == n:
-        adapter = "" if args.adapter == train_qlora.OUTPUT_DIR else f" --adapter {args.adapter}"
-        print(f"next       python merge.py{adapter}")
-    return 0 if passed == n else 1
+    if verdict("tuned", report):
+        return 1
+    adapter = "" if args.adapter == train_qlora.OUTPUT_DIR else f" --adapter {args.adapter}"
+    print(f"next       python merge.py{adapter}")
+    return 0
+
+
+def run_endpoint(args):
+    """Does what run does for a model that is served; torch is not imported."""
+    rows, conversations, expected = questions(args)
+    places = [f"probe {i}" for i in range(1, len(PROBES) + 1)] + [f"{args.data}:{line}" for line, _ in rows]
+    tools = list(dict.fromkeys(call.name for call in expected if call))
+    print(f"endpoint {args.endpoint}: {len(PROBES)} probes, {len(rows)} rows", flush=True)
+    started = time.perf_counter()
+    model, listed, replies, refusal = endpoint.ask(
+        args.endpoint, args.model, conversations, places, tools, MAX_NEW_TOKENS
+    )
+    seconds = round(time.perf_counter() - started, 1)
+    others = f", the first of {listed} listed" if listed > 1 else ""
+    print(f"model {chat_rows.printable(model)}{others}; rows that it has seen cannot be told")
+    answers = [Answer(reply.text, reply.ended, []) for reply in replies]
+    report = show_answers(args.data, rows, expected, {"endpoint": answers}, [False] * len(expected))
+    parsed, tagged = sum(reply.parsed for reply in replies), sum(reply.tagged for reply in replies)
+    report |= {
+        "endpoint": args.endpoint,
+        "model": model,
+        "tools_refused": refusal,
+        "calls": {"parsed": parsed, "text": tagged},
+        "seconds": {"answering": seconds},
+    }
+    if args.json:
+        whole_files.write_json(args.json, report)
+    print(f"\ncalls      {parsed} came as tool_calls, {tagged} as tags in the text")
+    if refusal:
+        show(f"asked without: it takes none ({refusal})", "tools      ", " " * 11)
+    print(f"time       {seconds} s answering")
+    return verdict("the endpoint", report)
+
+
+def verdict(who, report):
+    """Prints how many probes were passed; returns the exit code, 0 if all were."""
+    print(f"verdict    {who} passes {report['passed']} of {len(PROBES)} probes")
+    return int(report["passed"] < len(PROBES))
 
 
 if __name__ == "__main__":

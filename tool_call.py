@@ -104,12 +104,16 @@ def write(name, arguments):
     """
     if isinstance(arguments, str):
         arguments = _object(arguments)
-    source = json.dumps(arguments, ensure_ascii=False)
-    text = f'<tool_call name="{_attribute(name)}" arguments="{_attribute(source)}"/>'
+    text = tag(name, json.dumps(arguments, ensure_ascii=False))
     call, reason = parse(text)
     if call != (name, arguments, ()):  # json.dumps makes lists of tuples, and strings of other keys
         raise ValueError(reason or NO_OBJECT)
     return text
+
+
+def tag(name, source):
+    """Returns the tag of a call whose arguments are this text, JSON or not: read tells."""
+    return f'<tool_call name="{_attribute(name)}" arguments="{_attribute(source)}"/>'
 
 
 def write_result(name, content):

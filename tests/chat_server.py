@@ -1,0 +1,90 @@
+"""An OpenAI-style endpoint in miniature: answers by a function of the question, and fails when told."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Endpoint:
+    """Serves /v1 on 127.0.0.1: `models`, and as a completion what `say(body)` returns.
+
+    A status, or (status, headers, bytes), in place of an answer is sent as it is; a status of None hangs up.
+    `failures`: what comes first, whatever is asked. Notes every request in `requests`, and how many questions
+    there were at once in `most`.
+    """
+
+    def __init__(self, say, models=("tuned", "base")):
+        self.say, self.models, self.failures = say, models, []
+        self.requests = []  # (method, path, headers, body)
+        self.now = self.most = 0
+        lock, endpoint = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                endpoint.answer(self, None)
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    endpoint.now += 1
+                    endpoint.most = max(endpoint.most, endpoint.now)
+                try:
+                    endpoint.answer(self, body)
+                finally:
+                    with lock:
+                        endpoint.now -= 1
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, request, body):
+        headers = {key.lower(): value for key, value in request.headers.items()}
+        self.requests.append((request.command, request.path, headers, body))
+        if self.failures:
+            found = self.failures.pop(0)
+        elif request.path == "/v1/models":
+            found = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
+        elif request.path == "/v1/chat/completions":
+            found = self.say(body)
+        else:
+            found = 404
+        if isinstance(found, int):
+            found = found, {}, b'{"error": {"message": "no"}}'
+        if isinstance(found, dict):
+            found = 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+        status, headers, content = found
+        if status is None:  # hangs up
+            request.close_connection = True
+            return
+        request.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+            request.send_header(key, value)
+        request.end_headers()
+        request.wfile.write(content)
+
+
+def completion(content, finish="stop", **message):
+    """A chat completion as vLLM and llama.cpp write it."""
+    message = {"role": "assistant", "content": content, **message}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return {"id": "chatcmpl-1", "object": "chat.completion", "model": "tuned", "choices": [choice]}
+
+
+def calling(*calls, content=None):
+    """A completion with calls, each (name, arguments), parsed."""
+    parsed = [
+        {"id": f"call-{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for i, (name, arguments) in enumerate(calls)
+    ]
+    return completion(content, "tool_calls", tool_calls=parsed)
