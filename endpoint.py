@@ -164,13 +164,14 @@ def _failure(url, response, reason, path):
     if response.is_redirect:
         return RunError(f"{url} has moved ({status}); name the address that it moved to")
     said = f"{status}: {reason}"
+    other = ", or name its model with --model" if path == "models" else ""  # not every server lists them
     if status in (404, 405):
-        cure = "end its address in /v1" + ", and name a model that it has" * (path != "models")
+        cure = "end its address in /v1" + (other or ", and name a model that it has")
         return RunError(f"{url} has no /{path} ({said}); {cure}")
     if re.search("context|too long|max_model_len", reason, re.IGNORECASE):
         cure = "serve with a longer context (vLLM: --max-model-len, llama.cpp: --ctx-size)"
     else:
-        cure = "see its log" if status >= 500 else "mend how it is served"
+        cure = ("see its log" if status >= 500 else "mend how it is served") + other
     return Refused(f"{url} refuses ({said}); {cure}", said)
 
 

@@ -240,13 +240,16 @@ NAME_ONE = "name an OpenAI-style server, with its path: …/v1"
 FAILURES = {
     "no key": ([401], "{url} wants a key (401); set OPENAI_API_KEY"),
     "forbidden": ([403], "{url} wants a key (403); set OPENAI_API_KEY"),
-    "no models": ([404], "{url} has no /models (404: no); end its address in /v1"),
+    "no models": (
+        [404],
+        "{url} has no /models (404: no); end its address in /v1, or name its model with --model",
+    ),
     "an empty list": ([{"data": []}], "{url} lists no models; name its model: --model …"),
     "no list": ([{"data": [5]}], f"the endpoint's list of models is none; {NAME_ONE}"),
     "a web page": ([HTML], f"{{url}} answers with no JSON (text/html); {NAME_ONE}"),
     "deep": ([(200, {}, b"[" * 100_000)], f"{{url}} answers with no JSON (of no type); {NAME_ONE}"),
     "moved": ([307], "{url} has moved (307); name the address that it moved to"),
-    "broken": ([500], "{url} refuses (500: no); see its log"),
+    "broken": ([500], "{url} refuses (500: no); see its log, or name its model with --model"),
     "hangs up": (
         [(None, {}, b"")],
         "{url} broke off (Server disconnected without sending a response.); see its log, then ask again",
