@@ -17,6 +17,7 @@ TIMEOUT = 300  # seconds for an answer; a CPU that answers four at once takes on
 REACHED_WITHIN = 10  # seconds for a connection
 PATIENCE = 60  # seconds that an endpoint may stay busy (429, 503), all waits together
 KEY = "OPENAI_API_KEY"
+OTHER_ADDRESS = "name an OpenAI-style server, with its path: …/v1"
 
 
 class Reply(NamedTuple):
@@ -77,6 +78,7 @@ async def _ask(url, model, conversations, places, tools, max_tokens):
             if not models:
                 raise RunError(f"{url} lists no models; name its model: --model …")
             model, listed = models[0], len(models)
+        model = _clean(model)
         settings = {"model": model, "temperature": 0, "max_tokens": max_tokens}
         form = {"type": "object", "properties": {}}
         functions = [{"type": "function", "function": {"name": name, "parameters": form}} for name in tools]
@@ -124,11 +126,10 @@ async def _send(client, method, path, body=None):
     while True:
         try:
             response = await asyncio.wait_for(client.request(method, path, json=body), TIMEOUT)
-        except (httpx2.ConnectError, httpx2.ConnectTimeout, UnicodeError) as error:  # the last: a host's name
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             reason = printable(str(error), 100) or f"no connection within {REACHED_WITHIN} s"
-            raise RunError(
-                f"{url} cannot be reached ({reason}); start the server, or mend the address"
-            ) from None
+            cure = "start the server, or mend the address"
+            raise RunError(f"{url} cannot be reached ({reason}); {cure}") from None
         except asyncio.TimeoutError:
             raise RunError(f"{url} gave no answer within {TIMEOUT} s; see its log") from None
         except httpx2.HTTPError as error:
@@ -137,7 +138,7 @@ async def _send(client, method, path, body=None):
         if response.status_code not in (429, 503):
             break
         after = response.headers.get("Retry-After", "")
-        wait = int(after) if re.fullmatch("[0-9]{1,6}", after) else pause
+        wait = max(1, int(after)) if re.fullmatch("[0-9]{1,6}", after) else pause
         if time.monotonic() - began + wait > PATIENCE:
             said = _reason(response, client)
             raise RunError(f"{url} stays busy ({response.status_code}: {said}); ask again later")
@@ -148,9 +149,7 @@ async def _send(client, method, path, body=None):
             return response.json()
         except (ValueError, RecursionError):
             kind = printable(response.headers.get("Content-Type", "of no type"))
-            raise RunError(
-                f"{url} answers with no JSON ({kind}); name an OpenAI-style server, with its path: …/v1"
-            ) from None
+            raise RunError(f"{url} answers with no JSON ({kind}); {OTHER_ADDRESS}") from None
     raise _failure(url, response, _reason(response, client), path)
 
 
@@ -179,11 +178,8 @@ def _reason(response, client):
     """Returns what the body of an error says, in one line; never the key, which a server may repeat."""
     try:
         found = response.json()
-        for name in (
-            "error",
-            "message",
-            "detail",
-        ):  # OpenAI's {"error": {"message": …}}, FastAPI's {"detail": …}
+        # OpenAI's {"error": {"message": …}}, FastAPI's {"detail": …}
+        for name in ("error", "message", "detail"):
             found = found.get(name, found) if isinstance(found, dict) else found
         text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
     except (ValueError, RecursionError):
@@ -196,13 +192,12 @@ def _reason(response, client):
 def names_of(data):
     """Returns the names in an answer of /models, in order; raises RunError if it is none."""
     models = data.get("data") if isinstance(data, dict) else None
-    if not isinstance(models, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("id"), str) for m in models
-    ):
-        raise RunError(
-            "the endpoint's list of models is none; name an OpenAI-style server, with its path: …/v1"
-        )
-    return [_clean(m["id"]) for m in models]
+    names = (
+        [m.get("id") if isinstance(m, dict) else None for m in models] if isinstance(models, list) else [None]
+    )
+    if not all(isinstance(name, str) for name in names):
+        raise RunError(f"the endpoint's list of models is none; {OTHER_ADDRESS}")
+    return names
 
 
 def reply_of(data):
@@ -219,9 +214,7 @@ def reply_of(data):
         ]
         tagged = sum(isinstance(part, tool_call.Call) for part in tool_call.split(content)[0])
     except (LookupError, TypeError, AttributeError):
-        raise RunError(
-            "the answer is no chat completion; name an OpenAI-style server, with its path: …/v1"
-        ) from None
+        raise RunError(f"the answer is no chat completion; {OTHER_ADDRESS}") from None
     text = "\n".join([content] * (bool(content.strip()) or not tags) + tags)
     return Reply(_clean(text), choice.get("finish_reason") != "length", len(tags), tagged)
 

@@ -128,6 +128,8 @@ def test_a_model_can_be_named_and_then_none_is_listed(serve, capsys):
     assert "\nmodel base; " in capsys.readouterr().out
     assert {path for _, path, _, _ in server.requests} == {"/v1/chat/completions"}
     assert {body["model"] for _, _, _, body in server.requests} == {"base"}
+    assert run(server.url, "--model", os.fsdecode(b"\x1b\xff")) == 0  # what a shell may hand over
+    assert "\nmodel \ufffd?; " in capsys.readouterr().out
 
 
 def test_four_are_asked_at_once_and_late_answers_change_nothing(serve, capsys):
@@ -179,6 +181,23 @@ def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
 def test_parsed_arguments_may_be_an_object(serve):
     server = serve(lambda body: calling((NAME, {})) if needs(body) else completion("Да."))
     assert run(server.url) == 0
+
+
+def test_every_function_that_the_rows_call_is_declared(serve, tmp_path):
+    call = {"type": "function", "function": {"name": "get_rate", "arguments": '{"of": "USD"}'}}
+    messages = [{"role": "user", "content": "Почём доллар?"}, {"role": "assistant", "tool_calls": [call]}]
+    (tmp_path / "rows.json").write_text(json.dumps({"messages": messages}))
+
+    def say(body):
+        rate = body["messages"] == messages[:1]
+        return calling(("get_rate", '{"of":"USD"}')) if rate else like_vllm(body)
+
+    server = serve(say)
+    assert run(server.url, "--data", f"{tmp_path}/rows.json", "--json", f"{tmp_path}/report.json") == 0
+    declared = [[t["function"]["name"] for t in body["tools"]] for _, _, _, body in server.requests if body]
+    assert declared == [[NAME, "get_rate"]] * 7
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["rows"]["endpoint"]["right"] == 1
 
 
 def test_tools_that_are_not_taken_are_left_out_and_that_is_told(serve, capsys):
@@ -316,9 +335,10 @@ def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
 
     server = serve()
     monkeypatch.setattr(endpoint.asyncio, "sleep", sleep)
-    server.failures = [429, 503, (429, {"Retry-After": "7"}, b""), (503, {"Retry-After": "soon"}, b"")]
+    told = [(429, {"Retry-After": after}, b"") for after in ("7", "soon", "0")]
+    server.failures = [429, 503, *told]
     assert run(server.url) == 0
-    assert waits == [1, 2, 7, 8]
+    assert waits == [1, 2, 7, 8, 1]
     server.failures = [(429, {"Retry-After": "3600"}, b'{"error": {"message": "quota"}}')]
     with pytest.raises(RunError, match=r"stays busy \(429: quota\); ask again later$"):
         run(server.url)
