@@ -63,9 +63,10 @@ def as_text(messages, names=None):
 
     An assistant's tool_calls become a tag each (tool_call.write), on lines of their own after its words; the
     results of its calls become one user turn, a tag each (tool_call.write_result), in the order of the calls,
-    and what the user says right after them follows in that turn. names: of the tools that may be called, None
-    for any. Keys that no role has are ignored. Raises ValueError for messages that are at fault, all faults
-    in it as lines `message 3: what is wrong; what to do`; who speaks last is not looked at.
+    and what the user says right after them follows in that turn, as it stands: only results are escaped.
+    names: of the tools that may be called (names_of), None for any. Keys that no role has are ignored.
+    Raises ValueError for messages that are at fault, all faults in it as lines `message 3: what is wrong;
+    what to do`; who speaks last is not looked at.
     """
     faults = list(_conversation_faults(messages, names, strict=False))
     if faults:

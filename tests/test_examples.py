@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +39,13 @@ def test_no_word_mixes_scripts_and_no_character_is_invisible(path):
             for word in re.findall(r"\w+", text):
                 scripts = {unicodedata.name(c).split()[0] for c in word if c.isalpha()}
                 assert len(scripts) <= 1, f"{word} in {text}"
+
+
+def test_the_rows_of_the_readme_are_read_as_it_says(tmp_path):
+    readme = Path("README.md").read_text(encoding="utf-8")
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join(re.findall(r'^ *({"messages".*})$', readme, re.MULTILINE)), encoding="utf-8")
+    (_, text), (_, shaped) = chat_rows.read(path)
+    assert [text["messages"], text["messages"][1]["content"]] == [shaped["messages"][:2], CALL]
+    result = re.search("<tool_result .*?</tool_result>", readme)[0]
+    assert shaped["messages"][2] == {"role": "user", "content": result}
