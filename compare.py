@@ -67,23 +67,74 @@ def load(adapter, bits):
 
     machine.quiet_libraries()
     from peft import PeftModel
+
+    base = config["base_model_name_or_path"]
+    folder, revision = download_model.find_model(base, rehearse=not torch.cuda.is_available())
+    adapter_folder.check_weights(adapter, folder, revision)
+    model, tokenizer = load_folder(folder, base, bits)
+    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer, run
+
+
+def load_folder(folder, name, bits):
+    """Returns (model, tokenizer) of a model folder, which messages call by its name; raises as load does."""
+    import torch
     from transformers import AutoTokenizer
 
     gpu = torch.cuda.is_available()
-    base = config["base_model_name_or_path"]
-    folder, revision = download_model.find_model(base, rehearse=not gpu)
-    adapter_folder.check_weights(adapter, folder, revision)
     device, dtype = ("cuda:0", machine.gpu_dtype()) if gpu else ("cpu", torch.float32)
     if gpu and bits is None:
         needed = WEIGHTS_ROOM * download_model.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
         free, _ = torch.cuda.mem_get_info()
         if needed > free:
             raise RunError(
-                f"{base} unquantised needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free on the "
-                "GPU; compare with --bits 4"
+                f"{name} unquantised needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free on the "
+                "GPU; add --bits 4"
             )
     model = train_qlora.load_model(folder, bits, device, dtype)
-    return PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(folder), run
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def prompt_ids(tokenizer, messages):
+    """Returns the tokens of a conversation up to where the assistant begins to speak."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def end_tokens(model):
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+def generate(model, tokenizer, prompts, on_token, **settings):
+    """Continues tokenised prompts, greedily unless the settings differ; returns the new tokens of each.
+
+    on_token(the newest token of each) is called at every step, and ends all by returning True.
+    """
+    import torch
+    from transformers import StoppingCriteriaList
+
+    def stop(input_ids, scores, **_):
+        stopped = bool(on_token(input_ids[:, -1].tolist()))
+        return torch.full((len(input_ids),), stopped, device=input_ids.device)
+
+    # Padded on the left, so that every answer begins where its prompt ends.
+    inputs = tokenizer.pad(
+        {"input_ids": prompts},
+        padding_side="left",
+        pad_to_multiple_of=8,  # fp32 on an H100, torch 2.11: padded to 33, all went wrong
+        return_tensors="pt",
+    ).to(model.device)
+    settings = {
+        "do_sample": False,
+        "top_k": None,  # what Gemma's own generation config asks for when it samples
+        "top_p": None,
+        "use_cache": True,
+        "eos_token_id": end_tokens(model),
+        **settings,
+    }
+    with torch.inference_mode():
+        output = model.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([stop]))
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def batches(prompts):
@@ -98,45 +149,22 @@ def batches(prompts):
 
 def answer(model, tokenizer, conversations, title="answering"):
     """Answers conversations, each a list of messages that ends with the user's, greedily; returns Answers."""
-    import torch
     from tqdm import tqdm
-    from transformers import StoppingCriteriaList
 
-    prompts = []
-    for messages in conversations:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
+    ends = end_tokens(model)
     answers = [None] * len(prompts)
     work = batches(prompts)
     bar = tqdm(total=MAX_NEW_TOKENS * len(work), desc=title, unit="token", leave=False, disable=None)
 
-    def advance(input_ids, scores, **_):
+    def advance(tokens):
         bar.update()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     with bar:
         for number, batch in enumerate(work, 1):
-            # Padded on the left, so that every answer begins where its prompt ends.
-            inputs = tokenizer.pad(
-                {"input_ids": [prompts[i] for i in batch]},
-                padding_side="left",
-                pad_to_multiple_of=8,  # fp32 on an H100, torch 2.11: padded to 33, all went wrong
-                return_tensors="pt",
-            ).to(model.device)
-            with torch.inference_mode():
-                output = model.generate(
-                    **inputs,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    do_sample=False,
-                    top_k=None,  # what Gemma's own generation config asks for when it samples
-                    top_p=None,
-                    use_cache=True,
-                    eos_token_id=ends,
-                    stopping_criteria=StoppingCriteriaList([advance]),
-                )
-            for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            asked = [prompts[i] for i in batch]
+            output = generate(model, tokenizer, asked, advance, max_new_tokens=MAX_NEW_TOKENS)
+            for i, ids in zip(batch, output, strict=True):
                 end = next((place for place, token in enumerate(ids) if token in ends), None)
                 ids = ids[:end]
                 answers[i] = Answer(tokenizer.decode(ids, skip_special_tokens=False), end is not None, ids)

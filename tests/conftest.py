@@ -1,7 +1,9 @@
 """A tiny Gemma 3, of random weights, in both its classes: the hermetic tests train it in seconds."""
 
 import json
+import re
 import resource
+import shutil
 import signal
 import string
 import subprocess
@@ -165,3 +167,37 @@ def other_writer(output):
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "google-chrome", "chromium-browser")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if not program:
+        pytest.skip(f"none of {', '.join(names)} is installed")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def contrast(page, selector):
+    """WCAG 2 contrast of the text of the first such element with what is painted behind it."""
+    colours = page.evaluate(
+        """selector => {
+          let element = document.querySelector(selector), behind = "rgba(0, 0, 0, 0)";
+          const front = getComputedStyle(element).color;
+          for (; element && behind === "rgba(0, 0, 0, 0)"; element = element.parentElement)
+            behind = getComputedStyle(element).backgroundColor;
+          return [front, behind];
+        }""",
+        selector,
+    )
+    bright = []
+    for colour in colours:
+        assert re.fullmatch(r"rgb\(\d+, \d+, \d+\)", colour), colour
+        channels = [int(c) / 255 for c in re.findall(r"\d+", colour)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        bright.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(bright) + 0.05) / (min(bright) + 0.05), max(bright) == bright[0]

@@ -1,10 +1,10 @@
 """The page of labels: every token as text, in order, with its mark; and the page in a real browser."""
 
 import re
-import shutil
 from html.parser import HTMLParser
 
 import pytest
+from conftest import contrast
 
 import labels_page
 
@@ -148,19 +148,6 @@ def test_os_errors_pass(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
         labels_page.write(tmp_path / "folder", "title", ROWS)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "google-chrome", "chromium-browser")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if not program:
-        pytest.skip(f"none of {', '.join(names)} is installed")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
@@ -308,27 +295,6 @@ def test_without_javascript(visit):
     assert page.locator("article").filter(visible=True).count() == 8
     assert page.locator("button").filter(visible=True).count() == 0
     assert page.locator("#totals").inner_text() == "8 rows, 93 tokens, 40 trained tokens"
-
-
-def contrast(page, selector):
-    """WCAG 2 contrast of the text of the first such element with what is painted behind it."""
-    colours = page.evaluate(
-        """selector => {
-          let element = document.querySelector(selector), behind = "rgba(0, 0, 0, 0)";
-          const front = getComputedStyle(element).color;
-          for (; element && behind === "rgba(0, 0, 0, 0)"; element = element.parentElement)
-            behind = getComputedStyle(element).backgroundColor;
-          return [front, behind];
-        }""",
-        selector,
-    )
-    bright = []
-    for colour in colours:
-        assert re.fullmatch(r"rgb\(\d+, \d+, \d+\)", colour), colour
-        channels = [int(c) / 255 for c in re.findall(r"\d+", colour)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        bright.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    return (max(bright) + 0.05) / (min(bright) + 0.05), max(bright) == bright[0]
 
 
 @pytest.mark.browser
