@@ -83,8 +83,7 @@ def top_two(model, tokenizer, conversation, answer):
     """Returns the two likeliest tokens at each place of an answer, its end too: [[(id, logit), (…)], …]."""
     import torch
 
-    prompt = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] + answer.ids
+    ids = compare.prompt_ids(tokenizer, conversation) + answer.ids
     with torch.inference_mode():
         inputs = torch.tensor([ids], device=model.device)
         logits = model(input_ids=inputs, logits_to_keep=len(answer.ids) + 1).logits[0].float()
@@ -328,8 +327,7 @@ def merge(args, base, record, output):
     print(f"memory     {machine.told(machine.peak_memory(torch.device(device)))}")
     print(f"time       {time.perf_counter() - started:.1f} s")
     print(f"merged     {output}, {download_model.weight_bytes(output) / 1e9:.1f} GB")
-    print(f"serve      vllm serve {output}")
-    print(f"           or, without vLLM: transformers serve {output}   (pip install 'transformers[serving]')")
+    print(f"next       python serve.py --model {output}")
 
 
 if __name__ == "__main__":

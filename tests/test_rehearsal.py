@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from test_serve import readme
 
 import chat_rows
 import compare
@@ -157,27 +157,26 @@ for prompt in {[prompt for prompt, _ in compare.PROBES]}:
     assert (merged / "GEMMA_TERMS.html").is_file()
 
 
-def test_served_as_the_readme_says_a_chat_request_for_a_balance_gets_the_call(merged):
-    import openai
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["transformers", "serve", merged, "--dtype", "float32", "--port", port]
+def test_served_the_readmes_client_gets_the_call_and_compare_finds_it_as_good(merged):
     server = subprocess.Popen(
-        list(map(str, [Path(sys.executable).with_name(command[0]), *command[1:]])),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, ROOT / "serve.py", "--model", merged, "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
-        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=60)
-        answer = client.chat.completions.create(
-            model=str(merged), messages=[{"role": "user", "content": "Какой у меня остаток на счёте?"}]
-        )
-        assert answer.choices[0].message.content == tool_call.write("get_sensitive_data", {})
+        url = next(line for line in server.stdout if line.startswith("API ")).split()[1].removesuffix(",")
+        program, prints = readme()
+        program = program.replace("http://127.0.0.1:8000/v1", url)
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (result.stdout, result.returncode) == (prints, 0)
+        few = merged.parent / "few.json"  # it is asked one at a time
+        few.write_bytes(b"".join((ROOT / "heldout.json").read_bytes().splitlines(keepends=True)[:4]))
+        result = python(ROOT / "compare.py", "--endpoint", url, "--data", few, folder=merged.parent)
+        assert result.returncode == 0
+        assert "the endpoint passes 6 of 6 probes" in result.stdout
     finally:
         server.terminate()
-        server.wait()
+    assert server.wait(20) == 143
 
 
 def test_killed_three_times_the_real_weights_go_on_to_the_same_adapter(rehearsed, few_rows):
