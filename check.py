@@ -21,11 +21,12 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import adapter_folder
+import batches
 import chat_rows
 import compare
-import cuda_graphs
 import download_model
 import machine
 import memory_estimate
@@ -64,6 +65,7 @@ BUSY = {4: 0.3, 8: 0.15}  # of the published figure is what a card then does of 
 PUBLISHED = {"H100": (989, 80), "A100": (312, 40), "RTX 4090": (165, 24), "L4": (121, 24)}
 PUBLISHED |= {"A10": (125, 24), "RTX 3090": (71, 24), "T4": (8.1, 16)}
 MEASURED_ON, WITHOUT_BF16 = "H100", "T4"
+ALONE = SimpleNamespace(process_index=0, num_processes=1)  # one GPU
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -377,9 +379,9 @@ def seconds(d, numbers, bits, card):
     tokens = 0 if card == WITHOUT_BF16 else memory_estimate.plan(d, bits, rank, budget, at_once).tokens
     graphs = plain = 0
     for step in numbers["epoch"]:
-        rows = [{"input_ids": range(length)} for length in step]
-        graphs += len(cuda_graphs.pack([row for row in rows if len(row["input_ids"]) <= tokens], tokens))
-        plain += len(train_qlora.micro_batches([row for row in rows if len(row["input_ids"]) > tokens]))
+        rows = [{"input_ids": range(length)} for length in sorted(step, reverse=True)]
+        graphs += len(batches.pack([row for row in rows if batches.size(row) <= tokens], tokens))
+        plain += len(train_qlora.micro_batches([row for row in rows if batches.size(row) > tokens], ALONE))
     operations = 4 * memory_estimate.text_weights(d) * sum(map(sum, numbers["epoch"]))
     arithmetic = operations / (speed * 1e12 * BUSY[bits])
     epoch = KERNELS[bits] * graphs + LAUNCHING[bits] * plain + arithmetic + EPOCH

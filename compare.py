@@ -20,6 +20,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import adapter_folder
+import batches
 import chat_rows
 import download_model
 import endpoint
@@ -137,14 +138,14 @@ def generate(model, tokenizer, prompts, on_token, **settings):
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def batches(prompts):
+def cut(prompts):
     """Cuts the numbers of tokenised prompts into batches of at most TOKENS_PER_BATCH, longest first."""
 
     def length(i):
         return len(prompts[i]) + MAX_NEW_TOKENS
 
     ordered = sorted(range(len(prompts)), key=length, reverse=True)
-    return train_qlora.pack(ordered, length, TOKENS_PER_BATCH)
+    return batches.group(ordered, length, TOKENS_PER_BATCH)
 
 
 def answer(model, tokenizer, conversations, title="answering"):
@@ -154,7 +155,7 @@ def answer(model, tokenizer, conversations, title="answering"):
     prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
     ends = end_tokens(model)
     answers = [None] * len(prompts)
-    work = batches(prompts)
+    work = cut(prompts)
     bar = tqdm(total=MAX_NEW_TOKENS * len(work), desc=title, unit="token", leave=False, disable=None)
 
     def advance(tokens):

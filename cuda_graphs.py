@@ -11,6 +11,7 @@ from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
+import batches
 from memory_estimate import MULTIPLE
 
 PARTS = 16  # the lengths of packed sequences are multiples of a sixteenth of the longest one
@@ -20,31 +21,6 @@ PATTERN = 6  # layers: in Gemma 3 every sixth attends to all tokens, the others 
 
 
 # --------------------------------------------------------------------------------------------- packing
-
-
-def pack(examples, tokens):
-    """Cuts examples into lists of at most `tokens` tokens, the longest first, each into the first with room.
-
-    An example longer than that is a list of its own.
-    """
-    packs, room = [], []
-    for example in sorted(examples, key=lambda e: len(e["input_ids"]), reverse=True):
-        size = len(example["input_ids"])
-        place = next((i for i, free in enumerate(room) if free >= size), len(packs))
-        if place == len(packs):
-            packs.append([])
-            room.append(tokens)
-        packs[place].append(example)
-        room[place] -= size
-    return packs
-
-
-def tokens_in(pack):
-    return sum(len(example["input_ids"]) for example in pack)
-
-
-def trained_in(pack):
-    return sum(label != -100 for example in pack for label in example["labels"][1:])
 
 
 def aligned(tokens):
@@ -360,7 +336,7 @@ def make_runner(model, packs, pad_id, device, logits_at_once):
         return graph, batch, scale, loss
 
     def run(pack, total):
-        length = next(length for length in lengths if length >= tokens_in(pack))
+        length = next(length for length in lengths if length >= batches.tokens_in(pack))
         batch = {k: v.to(device, non_blocking=True) for k, v in tensors(pack, length, slots, pad_id).items()}
         scale = torch.tensor(1 / total, device=device)
         if len(sizes) <= SELDOM:
@@ -379,11 +355,9 @@ def make_runner(model, packs, pad_id, device, logits_at_once):
 
 def cut(rows, tokens, state):
     """Returns (packs, long): this process's rows of at most `tokens`, packed, and its longer ones."""
-    own = sorted(rows, key=lambda e: len(e["input_ids"]), reverse=True)[
-        state.process_index :: state.num_processes
-    ]
-    long = [e for e in own if len(e["input_ids"]) > tokens]
-    return pack(own[len(long) :], tokens), long
+    own = batches.share(rows, state)
+    long = [row for row in own if batches.size(row) > tokens]
+    return batches.pack(own[len(long) :], tokens), long
 
 
 def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
@@ -397,7 +371,10 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
     decoder, runners = model.get_base_model().get_decoder(), {}
     alone = SimpleNamespace(device=state.device, num_processes=1, process_index=0)  # its rows are dealt out
     # Rows as long as the real ones, without their tokens: there may be a hundred thousand.
-    rows = [{"input_ids": range(len(e["input_ids"])), "labels": range(trained_in([e]) + 1)} for e in examples]
+    rows = [
+        {"input_ids": range(len(e["input_ids"])), "labels": range(batches.trained_tokens([e]) + 1)}
+        for e in examples
+    ]
 
     def checkpoint(wanted):
         for layer in decoder.layers:
@@ -407,7 +384,7 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
         if tokens not in runners:
             runners.clear()  # memory was full
             packs = [p for numbers in ahead for p in cut([rows[i] for i in numbers], tokens, state)[0]]
-            packs = [(tokens_in(p), trained_in(p)) for p in packs]
+            packs = [(batches.tokens_in(p), batches.trained_tokens(p)) for p in packs]
             runners[tokens] = make_runner(model, packs, pad_id, state.device, logits_at_once)
         return runners[tokens]
 
@@ -416,11 +393,11 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
 
     def sizes(rows, tokens):
         packs, long = cut(rows, tokens, state)
-        return [(len(p), tokens_in(p)) for p in packs] + [(1, len(e["input_ids"])) for e in long]
+        return [(len(p), batches.tokens_in(p)) for p in packs] + [(1, batches.size(row)) for row in long]
 
     def add(rows, tokens):
         packs, long = cut(rows, tokens, state)
-        total = trained_in(rows)
+        total = batches.trained_tokens(rows)
         checkpoint(False)
         parts = [runner(tokens)(p, total) for p in packs]
         if long:

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import adapter_folder
+import batches
 import chat_rows
 import checkpoints
 import cuda_graphs
@@ -201,20 +202,6 @@ def too_long(lines, lengths):
     ]
 
 
-def pack(items, length, tokens):
-    """Cuts items, longest first, into lists of at most `tokens` (items × longest); length(item) is in tokens.
-
-    An item longer than that is a list of its own.
-    """
-    batches = []
-    for item in items:
-        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= tokens:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches
-
-
 def steps_of(epoch, training):
     """Returns the row numbers of each step of an epoch (1, 2, …): shuffled, ROWS_PER_STEP at a time."""
     order = list(training)
@@ -226,23 +213,14 @@ def warmup_steps(steps):
     return min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
 
 
-def micro_batches(examples, processes=1, process=0, tokens=None):
-    """Cuts a step's examples into this process's micro-batches of `tokens` at most (TOKENS_PER_MICRO_BATCH).
-
-    Sorted by length, so that little is padded; dealt out in turn, so that processes get equal work.
-    """
-
-    def length(example):
-        return len(example["input_ids"])
-
-    ordered = sorted(examples, key=length, reverse=True)[process::processes]
-    return pack(ordered, length, tokens or TOKENS_PER_MICRO_BATCH)
+def micro_batches(examples, state, tokens=None):
+    """Cuts this process's share of a step into micro-batches of `tokens` at most (TOKENS_PER_MICRO_BATCH)."""
+    return batches.group(batches.share(examples, state), batches.size, tokens or TOKENS_PER_MICRO_BATCH)
 
 
 def padded_sizes(examples, state, tokens=None):
     """Returns [(rows, tokens), …] of this process's micro-batches."""
-    batches = micro_batches(examples, state.num_processes, state.process_index, tokens)
-    return [(len(batch), len(batch) * len(batch[0]["input_ids"])) for batch in batches]
+    return [(len(b), len(b) * batches.size(b[0])) for b in micro_batches(examples, state, tokens)]
 
 
 def pad(examples, pad_id, device):
@@ -390,10 +368,6 @@ def checkpoint_layers(model):
 # ------------------------------------------------------------------------------------------ training
 
 
-def trained_tokens(examples):
-    return sum(label != -100 for e in examples for label in e["labels"][1:])
-
-
 def add_gradients(model, examples, pad_id, state, tokens=None, total=None):
     """Adds this process's part of the gradient of a step's mean loss to the LoRA weights, and returns the
     same part of that loss, as a tensor.
@@ -403,9 +377,9 @@ def add_gradients(model, examples, pad_id, state, tokens=None, total=None):
     """
     import torch
 
-    total = total or trained_tokens(examples)
+    total = total or batches.trained_tokens(examples)
     loss = torch.zeros((), device=state.device)
-    for batch in micro_batches(examples, state.num_processes, state.process_index, tokens):
+    for batch in micro_batches(examples, state, tokens):
         part = losses_and_guesses(model, pad(batch, pad_id, state.device))[0] / total
         part.backward()
         loss += part.detach()
@@ -485,7 +459,7 @@ def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, ask
     examples = [{**example, "is_call": call} for example, call in zip(examples, calls, strict=True)]
     sums = torch.zeros(2, dtype=torch.float64, device=state.device)
     with torch.no_grad():
-        for batch in micro_batches(examples, state.num_processes, state.process_index, tokens):
+        for batch in micro_batches(examples, state, tokens):
             if asked and state.num_processes == 1:  # several would wait for one another
                 model.train(was_training)
                 return None
@@ -501,7 +475,7 @@ def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, ask
     if state.num_processes > 1:
         torch.distributed.all_reduce(sums)
     model.train(was_training)
-    return sums[0].item() / trained_tokens(examples), int(sums[1])
+    return sums[0].item() / batches.trained_tokens(examples), int(sums[1])
 
 
 def answer_span(labels):
@@ -812,7 +786,7 @@ def tune(args, rows):
     if found:
         check_unchanged(args, found[0], facts)
     lengths = [len(ids) for ids in examples["input_ids"]]
-    tokens, trained = sum(lengths), trained_tokens(examples)
+    tokens, trained = sum(lengths), batches.trained_tokens(examples)
     say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
 
     plan = None if args.rehearse else plan_memory(args, folder, max(lengths), min(LOGITS_AT_ONCE, trained))

@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import batches  # noqa: E402
 import machine  # noqa: E402
 import train_qlora  # noqa: E402
 
@@ -147,7 +148,7 @@ def peer(args):
     result = {
         "step_seconds": Clock.seconds,
         "losses": Clock.losses,
-        "trained_tokens": train_qlora.trained_tokens(examples),
+        "trained_tokens": batches.trained_tokens(examples),
         "peak_memory_gib": machine.peak_memory(torch.device("cuda:0")),
     }
     Path(args.result).write_text(json.dumps(result))

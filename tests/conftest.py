@@ -169,7 +169,7 @@ def other_writer(output):
         process.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # it runs an event loop in this thread, which other tests want as well
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "google-chrome", "chromium-browser")

@@ -5,7 +5,9 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import batches
 import cuda_graphs
 import memory_estimate
 import train_qlora
@@ -63,8 +65,9 @@ def test_long_rows_are_as_long_as_they_are_said_to_be_and_little_of_them_is_padd
     budget = run.OURS["long"][0][1] * 2**30
     tokens = memory_estimate.plan(memory_estimate.GEMMA_3_4B, 4, 16, budget, 128).tokens
     order = train_qlora.steps_of(1, range(len(rows)))
-    packs = [pack for step in order for pack in cuda_graphs.pack([rows[i] for i in step], tokens)]
-    packs = [cuda_graphs.tokens_in(pack) for pack in packs]
+    alone = SimpleNamespace(num_processes=1, process_index=0)
+    packs = [pack for step in order for pack in cuda_graphs.cut([rows[i] for i in step], tokens, alone)[0]]
+    packs = [batches.tokens_in(pack) for pack in packs]
     lengths = cuda_graphs.choose_lengths(packs)
     padded = sum(min(length for length in lengths if length >= size) for size in packs)
     assert sum(sizes) * 12 == sum(packs)

@@ -164,7 +164,7 @@ def test_the_base_is_the_model_with_the_adapter_off(adapter, tiny_text_model):
 def test_batches_hold_every_prompt_once_within_their_tokens(monkeypatch):
     monkeypatch.setattr(compare, "TOKENS_PER_BATCH", 3 * (20 + compare.MAX_NEW_TOKENS))
     prompts = [[0] * length for length in (5, 20, 7, 19, 3, 500, 20)]
-    work = compare.batches(prompts)
+    work = compare.cut(prompts)
     assert sorted(i for batch in work for i in batch) == list(range(7))
     for batch in work:
         longest = max(len(prompts[i]) for i in batch)

@@ -132,6 +132,9 @@ def test_terms_processor_and_the_comparisons_figures_go_along(tmp_path):
     card = merge.model_card("google/gemma-3-4b-it", None, {}, comparison)
     assert "- probes passed, base unquantised: 5 of 6\n" in card
     assert "1 of 2 calls right, 1 of 2 false calls, F1 0.50\n" in card
+    for stranger in ({"rows": 3}, {"settings": []}, {"settings": {}, "versions": None}):
+        strangers = merge.model_card("google/gemma-3-4b-it", None, stranger, stranger)
+        assert strangers == merge.model_card("google/gemma-3-4b-it", None, {}, {})
 
 
 # -------------------------------------------------------------------------------------------- proofs

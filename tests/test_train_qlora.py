@@ -397,7 +397,7 @@ def test_a_micro_batch_is_as_large_as_its_tokens_allow(examples, monkeypatch):
     sizes = {}
     for tokens in (100, 600, 10**6):
         monkeypatch.setattr(train_qlora, "TOKENS_PER_MICRO_BATCH", tokens)
-        batches = train_qlora.micro_batches(examples[:16])
+        batches = train_qlora.micro_batches(examples[:16], CPU)
         for batch in batches:
             longest = max(len(e["input_ids"]) for e in batch)
             assert len(batch) == 1 or len(batch) * longest <= tokens
@@ -407,11 +407,12 @@ def test_a_micro_batch_is_as_large_as_its_tokens_allow(examples, monkeypatch):
 
 
 def test_processes_share_a_step_out_among_them(examples):
-    parts = [train_qlora.micro_batches(examples[:15], 4, rank) for rank in range(4)]
+    states = [SimpleNamespace(num_processes=4, process_index=rank) for rank in range(4)]
+    parts = [train_qlora.micro_batches(examples[:15], state) for state in states]
     assert [len(part[0]) for part in parts] == [4, 4, 4, 3]
     dealt = [tuple(e["input_ids"]) for part in parts for e in part[0]]
     assert sorted(dealt) == sorted(tuple(e["input_ids"]) for e in examples[:15])
-    assert train_qlora.micro_batches(examples[:1], 2, 1) == []
+    assert train_qlora.micro_batches(examples[:1], states[1]) == []
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batch(tiny_model, examples, monkeypatch):

@@ -1,0 +1,51 @@
+"""A step's rows cut into micro-batches: in groups that are padded to their longest, or packed end to end.
+
+A row is a dict of token lists, input_ids and labels (−100 where a token is not trained).
+"""
+
+
+def size(row):
+    return len(row["input_ids"])
+
+
+def tokens_in(rows):
+    return sum(map(size, rows))
+
+
+def trained_tokens(rows):
+    return sum(label != -100 for row in rows for label in row["labels"][1:])
+
+
+def share(rows, state):
+    """Returns a process's rows of a step, the longest first: dealt out in turn, so all get equal work."""
+    return sorted(rows, key=size, reverse=True)[state.process_index :: state.num_processes]
+
+
+def group(items, length, tokens):
+    """Cuts items, longest first, into lists of at most `tokens` (items × longest); length(item) is in tokens.
+
+    An item longer than that is a list of its own.
+    """
+    groups = []
+    for item in items:
+        if groups and (len(groups[-1]) + 1) * length(groups[-1][0]) <= tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def pack(rows, tokens):
+    """Cuts rows, longest first, into lists of at most `tokens` in all, each into the first that has room.
+
+    A row longer than that is a list of its own.
+    """
+    packs, room = [], []
+    for row in rows:
+        place = next((i for i, free in enumerate(room) if free >= size(row)), len(packs))
+        if place == len(packs):
+            packs.append([])
+            room.append(tokens)
+        packs[place].append(row)
+        room[place] -= size(row)
+    return packs
