@@ -22,7 +22,7 @@ USABLE = 0.95  # of a card's nominal memory: the driver and a desktop have the r
 
 
 class Dimensions(NamedTuple):
-    """The sizes of a Gemma 3's text model; the vision tower is let go of before training."""
+    """The sizes of a Gemma 3's text model; training loads no layer of the vision tower."""
 
     vocabulary: int
     hidden: int

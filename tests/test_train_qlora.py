@@ -323,6 +323,48 @@ def test_the_embedding_is_not_cast(tiny_model):
     assert model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
 
 
+def test_without_the_vision_towers_layers_the_adapter_is_the_whole_models(tiny_model, tmp_path):
+    from peft import PeftModel
+
+    models = [train_qlora.load_model(tiny_model, 4, "cpu", torch.float32, vision=v) for v in (True, False)]
+    layers = [sum("vision" in name and ".layers." in name for name, _ in m.named_modules()) for m in models]
+    if "multimodal" in str(tiny_model):
+        assert layers[0] > 0
+    assert layers[1] == 0
+    adapters = [awake(train_qlora.add_lora(model)) for model in models]
+    configs = [adapter.peft_config["default"].to_dict() for adapter in adapters]
+    assert configs[0] == configs[1]
+    adapters[1].save_pretrained(tmp_path)
+    whole = PeftModel.from_pretrained(loaded(tiny_model, lora=False), tmp_path)
+    found = {name: p for name, p in whole.named_parameters() if "lora_" in name}
+    trained = {name: p for name, p in adapters[1].named_parameters() if "lora_" in name}
+    assert list(found) == list(trained)
+    assert all(torch.equal(found[name], p) for name, p in trained.items())
+
+
+def test_weights_in_one_are_the_models_own_and_so_are_their_gradients(tiny_text_model, examples):
+    apart, together = (awake(loaded(tiny_text_model)).eval() for _ in range(2))
+    parameters = [p for p in together.parameters() if p.requires_grad]
+    whole = train_qlora.in_one(parameters)
+    assert whole.numel() == sum(p.numel() for p in parameters)
+    for model in (apart, together):
+        train_qlora.add_gradients(model, examples[:4], 0, CPU)
+    assert torch.equal(whole.grad, gradient(apart))
+    copies = train_qlora.on_the_cpu(dict(enumerate(parameters)), whole)
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        whole.add_(1)
+    assert all(torch.equal(p, b + 1) for p, b in zip(parameters, before, strict=True))
+    assert all(torch.equal(copies[i], b) for i, b in enumerate(before))
+
+
+def test_libraries_are_imported_with_garbage_left_alone_and_looked_for_again_after_it():
+    script = "import gc, machine; machine.import_quickly('datasets'); import sys; "
+    script += "print('datasets' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 10_000)"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["True", "True", "True"]
+
+
 def test_the_trainable_line_is_ours_and_the_articles_is_explained():
     from transformers import Gemma3ForConditionalGeneration
 
