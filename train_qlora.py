@@ -546,7 +546,8 @@ def train(
     call_token = tokenizer(CALL_START, add_special_tokens=False)["input_ids"][0]
     guessing = math.log(model.config.get_text_config().vocab_size)  # the loss of one that knows nothing
     held_out, held_out_calls = [examples[i] for i in validation], [calls[i] for i in validation]
-    weights = in_one([p for p in model.parameters() if p.requires_grad])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = in_one(parameters)
     adapter = get_peft_model_state_dict(model)  # the weights themselves, by name
     per_epoch = len(steps_of(1, training))
     steps = per_epoch * args.epochs
@@ -603,7 +604,10 @@ def train(
                 rows = [examples[i] for i in numbers]
                 loss, tokens = within_memory(gradients, partial(sizes, rows), state, tokens, less)
                 loss = add_up(loss, weights, state)
-                norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM).item()
+                # Of each weight first, then of these norms: one sum over all would round otherwise.
+                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+                torch.nn.utils.clip_grads_with_norm_(weights, MAX_GRAD_NORM, norm)
+                norm = norm.item()
                 check("loss", loss, EXPLODED * max([guessing, *losses[:1]]))
                 check("gradient", norm, math.inf)
                 optimizer.step()
