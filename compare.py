@@ -64,9 +64,9 @@ def load(adapter, bits):
     """
     config, run = adapter_folder.read_settings(adapter)
 
-    import torch
+    machine.import_libraries()
 
-    machine.quiet_libraries()
+    import torch
     from peft import PeftModel
 
     base = config["base_model_name_or_path"]

@@ -45,21 +45,6 @@ def without_torch():
             del os.environ["TRANSFORMERS_VERBOSITY"]
 
 
-def import_quickly(*names):
-    """Imports libraries with the search for garbage off, and leaves them out of it from then on.
-
-    It finds none in them; it takes a fifth of the imports' time and most of the interpreter's exit.
-    """
-    quiet_bitsandbytes()
-    gc.disable()
-    try:
-        for name in names:
-            importlib.import_module(name)
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def gpu_dtype():
     """Returns the type to compute in on this machine's GPU; raises RunError if no CUDA GPU here can train."""
     import warnings
@@ -169,11 +154,25 @@ def quiet_bitsandbytes():
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def quiet_libraries():
-    """Silences by name what libraries say that no user can act on."""
+def import_libraries(*more):
+    """Imports what a model stands on, and silences by name what it says that no user can act on.
+
+    Python looks for garbage meanwhile and finds none. Without that the imports take a fifth less; and as it
+    does not look among them later, the interpreter exits in 0.15 s, not in 1.
+    """
+    quiet_bitsandbytes()
+    wanted = ("torch", "bitsandbytes", "peft", "transformers.models.gemma3.modeling_gemma3", *more)
+    if wanted := [name for name in wanted if name not in sys.modules]:
+        gc.disable()
+        try:
+            for name in wanted:
+                importlib.import_module(name)
+        finally:
+            gc.freeze()
+            gc.enable()
+
     import transformers
 
-    quiet_bitsandbytes()
     transformers.logging.set_verbosity_error()  # what it reports on loading is checked in load_model
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()

@@ -283,11 +283,11 @@ def merge(args, base, record, output):
     started = time.perf_counter()
     check_output(output, base, args.adapter, args.overwrite)
 
-    import torch
-    from safetensors import SafetensorError
+    machine.import_libraries()
 
-    machine.quiet_libraries()
+    import torch
     from peft import PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     folder, revision = download_model.find_model(base, rehearse=not torch.cuda.is_available())

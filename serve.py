@@ -280,7 +280,7 @@ def load(args):
         raise RunError(f"{folder} is an adapter; serve it on its base: python serve.py --adapter {folder}")
     if missing := download_model.missing_files(folder):
         raise RunError(f"{folder} is no complete model ({missing[0]} is missing); remove it and merge again")
-    machine.quiet_libraries()
+    machine.import_libraries()
     return *compare.load_folder(str(folder), folder, args.bits), [chat_rows.printable(folder.resolve().name)]
 
 

@@ -763,13 +763,11 @@ def tune(args, rows):
     calls = [is_call(row["messages"]) for row in rows]
     training, validation = split_rows(rows)
 
-    libraries = ("torch", "bitsandbytes", "peft", "datasets", "accelerate")
-    machine.import_quickly(*libraries, "transformers.models.gemma3.modeling_gemma3")
+    machine.import_libraries("datasets", "accelerate")
 
     import torch
     from accelerate import PartialState
 
-    machine.quiet_libraries()
     machine.make_products_repeatable()
     dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else machine.gpu_dtype()
     state = PartialState(cpu=args.rehearse)

@@ -968,6 +968,7 @@ def columns(page, notes):
 def test_enter_asks_both_and_calls_are_shown_as_calls(visit, two):
     page = visit()
     page.locator("section").nth(1).wait_for()
+    page.locator("#question:focus").wait_for()
     page.keyboard.type("Привет, мир!")  # the question has the focus
     page.keyboard.press("Enter")
     assert columns(page, ["13 tokens, text"] * 2) == ["Привет, мир!"] * 2
@@ -991,6 +992,7 @@ def test_a_question_waits_for_the_models_and_asks_for_them_again_if_there_were_n
     asked = []
     page.route("**/v1/models", lambda route: (asked.append(route), time.sleep(0.5), route.continue_()))
     page.reload()
+    page.locator("#question:focus").wait_for()
     page.keyboard.type("ab")
     page.keyboard.press("Enter")
     assert columns(page, ["3 tokens, text"] * 2) == ["ab"] * 2
@@ -1000,6 +1002,7 @@ def test_a_question_waits_for_the_models_and_asks_for_them_again_if_there_were_n
     page.reload()
     page.locator("#trouble", has_text="the server cannot be reached").wait_for()
     page.unroute_all()
+    page.locator("#question:focus").wait_for()
     page.keyboard.type("cd")
     page.keyboard.press("Enter")
     assert columns(page, ["3 tokens, text"] * 2) == ["cd"] * 2
@@ -1100,6 +1103,7 @@ def test_the_page_asks_for_the_key(visit, echo):
         page.keyboard.press("Enter")
         page.locator("section").wait_for()
         assert page.locator("#trouble, #unlock").filter(visible=True).count() == 0
+        page.locator("#question:focus").wait_for()
         page.keyboard.type("ab")
         page.keyboard.press("Enter")
         assert columns(page, ["3 tokens, text"]) == ["ab"]

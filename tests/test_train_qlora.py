@@ -359,7 +359,7 @@ def test_weights_in_one_are_the_models_own_and_so_are_their_gradients(tiny_text_
 
 
 def test_libraries_are_imported_with_garbage_left_alone_and_looked_for_again_after_it():
-    script = "import gc, machine; machine.import_quickly('datasets'); import sys; "
+    script = "import gc, machine; machine.import_libraries('datasets'); import sys; "
     script += "print('datasets' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 10_000)"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.split() == ["True", "True", "True"]
