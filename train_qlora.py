@@ -900,7 +900,8 @@ def plan_memory(args, folder, longest, trained_at_once):
     if max(plan.tokens, plan.checkpointed) < longest:
         least = memory_estimate.least(d, args.bits, LORA_R, longest, trained_at_once)
         needed = f"{args.bits} bits and a row of {longest} tokens take {least / 2**30:.1f}"
-        cure = "take a larger GPU, --bits 4 or shorter rows"
+        cure = "name more with --memory" if args.memory else "close what else runs on it (nvidia-smi)"
+        cure += f", take {'--bits 4, ' * (args.bits == 8)}shorter rows or a larger GPU"
         raise RunError(f"{budget / 2**30:.1f} GiB of GPU memory are too little: {needed}; {cure}")
     torch.cuda.set_per_process_memory_fraction(budget / total)
     how = f"{plan.tokens} tokens at once, as CUDA graphs"

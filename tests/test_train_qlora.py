@@ -666,16 +666,19 @@ def test_what_fits_the_memory_is_said_and_what_does_not_is_refused(monkeypatch, 
 
     assert plan(12, 49).tokens > plan(6, 49).tokens > 49
     assert shares == [0.5, 0.25]
+    assert plan(None, 49).tokens == plan(0.9 * 22, 49).tokens
     assert plan(6, 2048).checkpointed >= 2048
     assert "6.0 GiB at most: 408 tokens at once, as CUDA graphs; longer rows " in capsys.readouterr().out
     for arguments, says in [
         ((23, 49), r"--memory 23: 22.0 GiB are free on this GPU; name less"),
-        ((3, 49), r"3.0 GiB of GPU memory are too little: 4 bits and a row of 49 tokens take 3.6; take"),
-        ((5, 49, 8), r"5.0 GiB of GPU memory are too little: 8 bits and a row of 49 tokens take 5.2; take"),
+        ((3, 49), r"3.0 GiB of GPU memory are too little: 4 bits and a row of 49 tokens take 3.6; name more"),
+        ((5, 49, 8), r"5.0 GiB .* 8 bits and a row of 49 tokens take 5.2; .*, take --bits 4, shorter rows"),
+        ((None, 49), r"2.7 GiB .* take 3.6; close what else runs on it \(nvidia-smi\), take shorter rows or"),
     ]:
+        if arguments[0] is None:
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 24 * 2**30))
         with pytest.raises(machine.RunError, match=says):
             plan(*arguments)
-    assert plan(None, 49).tokens == plan(0.9 * 22, 49).tokens
     fake_cuda(monkeypatch, capability=(7, 5), bf16=False)
     assert plan(None, 49) is None
     with pytest.raises(machine.RunError, match="--memory needs a GPU with bf16"):
