@@ -680,7 +680,7 @@ def parse_arguments():
         "--memory",
         type=positive(float),
         metavar="GIB",
-        help=f"of the GPU's that may be reserved (default: {memory_estimate.SHARE:.0%}% of what is free)",
+        help=f"GPU memory that may be reserved (default: {memory_estimate.SHARE:.0%}% of what is free)",
     )
     parser.add_argument(
         "--rehearse",
