@@ -24,9 +24,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import adapter_folder
-import batches
 import chat_rows
 import compare
+import cuda_graphs
 import download_model
 import machine
 import memory_estimate
@@ -379,9 +379,9 @@ def seconds(d, numbers, bits, card):
     tokens = 0 if card == WITHOUT_BF16 else memory_estimate.plan(d, bits, rank, budget, at_once).tokens
     graphs = plain = 0
     for step in numbers["epoch"]:
-        rows = [{"input_ids": range(length)} for length in sorted(step, reverse=True)]
-        graphs += len(batches.pack([row for row in rows if batches.size(row) <= tokens], tokens))
-        plain += len(train_qlora.micro_batches([row for row in rows if batches.size(row) > tokens], ALONE))
+        packs, long = cuda_graphs.cut([{"input_ids": range(length)} for length in step], tokens, ALONE)
+        graphs += len(packs)
+        plain += len(train_qlora.micro_batches(long, ALONE))
     operations = 4 * memory_estimate.text_weights(d) * sum(map(sum, numbers["epoch"]))
     arithmetic = operations / (speed * 1e12 * BUSY[bits])
     epoch = KERNELS[bits] * graphs + LAUNCHING[bits] * plain + arithmetic + EPOCH
