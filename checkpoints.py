@@ -53,11 +53,11 @@ def seal(manifest):
 
 @contextmanager
 def writer(output, config, facts, say):
-    """Gives (save, settle): save(history, weights, best, states) has a checkpoint written beside training.
+    """Gives save(history, weights, best, states), which has a checkpoint written beside training.
 
     weights and best are {name: tensor} that will not change, best None if it is the weights or not known;
-    states are what torch can save and load with weights_only. settle() waits until it is written, and says so
-    if it cannot be.
+    states are what torch can save and load with weights_only. At the end, however it comes, the last one is
+    waited for; it is said if one cannot be written.
     """
     pending = []
 
@@ -77,8 +77,10 @@ def writer(output, config, facts, say):
         pending.append((now["step"], pool.submit(write, output, config, files, now)))
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        yield save, settle
-        settle()
+        try:
+            yield save
+        finally:
+            settle()
 
 
 def copied(value):
@@ -101,7 +103,11 @@ def write(output, config, files, facts):
     part = whole_files.aside(place)
     try:
         part.mkdir(parents=True)
-        files = {name: serialised(what, name) for name, what in files.items() if what is not None}
+        files = {
+            name: pickled(what) if name == OPTIMIZER else serialised(what)
+            for name, what in files.items()
+            if what is not None
+        }
         for name, data in files.items():
             (part / name).write_bytes(data)
         write_config(config, part)
@@ -119,15 +125,19 @@ def write(output, config, files, facts):
     prune(output, facts["step"], facts["history"]["kept_step"])
 
 
-def serialised(tensors, name=WEIGHTS):
-    """Returns {name: tensor} as the bytes of a safetensors file; what OPTIMIZER holds as torch writes it."""
+def pickled(states):
+    """Returns states as the bytes of a file that torch.load reads with weights_only."""
     import torch
+
+    stream = io.BytesIO()
+    torch.save(states, stream)
+    return stream.getvalue()
+
+
+def serialised(tensors):
+    """Returns {name: tensor} as the bytes of a safetensors file."""
     from safetensors.torch import save
 
-    if name == OPTIMIZER:
-        stream = io.BytesIO()
-        torch.save(tensors, stream)
-        return stream.getvalue()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(tensors, metadata={"format": "pt"})
 

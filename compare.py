@@ -420,7 +420,7 @@ def main():
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not machine.is_out_of_memory(error):
             raise
         print(
             "the GPU's memory is full; close what else runs on it, or compare with --bits 4", file=sys.stderr

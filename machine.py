@@ -78,6 +78,11 @@ def gpu_dtype():
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
+def is_out_of_memory(error):
+    """Whether torch says that a GPU's memory is full; whoever asks need not have imported torch."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
 def check_product(bits, device, dtype):
     """Multiplies by a matrix quantised to 4 or 8 bits, once plainly and once through bitsandbytes.
 

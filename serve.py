@@ -175,7 +175,7 @@ def make_app(model, tokenizer, names, key, jobs):
             print(f"{job.model:<10} {len(job.ids)} + {end.tokens} tokens, {seconds:.1f} s, {how}")
             put(end)
         except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":
+            if machine.is_out_of_memory(error):
                 error = refusal(503, "the GPU's memory is full; ask for less, or serve with --bits 4")
                 print(f"{job.model:<10} {error.detail['message']}", file=sys.stderr)
             put(error)
@@ -321,7 +321,7 @@ def main():
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not machine.is_out_of_memory(error):
             raise
         print("the GPU's memory is full; close what else runs on it, or add --bits 4", file=sys.stderr)
         sys.exit(1)

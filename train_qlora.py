@@ -727,8 +727,8 @@ def main():
     except KeyboardInterrupt:
         print("\nstopped before training began", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:  # torch, and so the name of its error, may not be imported here
-        if type(error).__name__ != "OutOfMemoryError":
+    except RuntimeError as error:
+        if not machine.is_out_of_memory(error):
             raise
         cure = "close what else runs on it (nvidia-smi), shorten the longest rows, or take a larger card"
         cure = f"train with --bits 4, {cure}" if args.bits == 8 else cure
@@ -811,26 +811,21 @@ def tune(args, rows):
         say(f"earlier    the adapter that was in {args.output} is now in {earlier}")
 
     config = model.peft_config["default"]
-    with (
-        whole_files.asked_to_stop() as asked,
-        checkpoints.writer(args.output, config, facts, say) as (save, settle),
-    ):
+    with whole_files.asked_to_stop() as asked:
         try:
-            history = train(
-                *(model, examples, training, validation, calls, tokenizer, args, state),
-                *(found, save if is_main() else None, asked, plan),
-            )
+            with checkpoints.writer(args.output, config, facts, say) as save:
+                history = train(
+                    *(model, examples, training, validation, calls, tokenizer, args, state),
+                    *(found, save if is_main() else None, asked, plan),
+                )
         except RunError as error:
-            settle()
             places = checkpoints.places(args.output)
             kept = f"the last checkpoint is {places[0]}" if places else "no checkpoint was written yet"
             raise RunError(f"{error}; {kept}") from error
         except Exception:
-            settle()
             if is_main() and checkpoints.places(args.output):
                 print(f"the checkpoints are kept; go on with: {command(args)}", file=sys.stderr)
             raise
-        settle()
         state.destroy_process_group()
         if history is None:
             stop(args, asked)
