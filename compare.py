@@ -22,6 +22,7 @@ from typing import NamedTuple
 import adapter_folder
 import batches
 import chat_rows
+import cuda_graphs
 import download_model
 import endpoint
 import machine
@@ -67,13 +68,15 @@ def load(adapter, bits):
     machine.import_libraries()
 
     import torch
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     base = config["base_model_name_or_path"]
     folder, revision = download_model.find_model(base, rehearse=not torch.cuda.is_available())
     adapter_folder.check_weights(adapter, folder, revision)
     model, tokenizer = load_folder(folder, base, bits)
-    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer, run
+    lora = PeftConfig.from_pretrained(adapter)
+    lora.exclude_modules = None  # the vision tower, which is not there: PEFT warns of excluding nothing
+    return PeftModel.from_pretrained(model, adapter, config=lora).eval(), tokenizer, run
 
 
 def load_folder(folder, name, bits):
@@ -91,7 +94,9 @@ def load_folder(folder, name, bits):
                 f"{name} unquantised needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free on the "
                 "GPU; add --bits 4"
             )
-    model = train_qlora.load_model(folder, bits, device, dtype)
+    model = train_qlora.load_model(folder, bits, device, dtype, vision=False)
+    if gpu:
+        cuda_graphs.keep_less(model.get_decoder())
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 

@@ -136,14 +136,16 @@ def packed_loss(model, batch, cross_entropy):
 
 def prepare(model):
     """Has the model's layers compute the same in fewer kernels, keep less, and never wait for the GPU."""
-    keep_less(model)
-    adapt(model)
+    decoder = model.get_base_model().get_decoder()
+    keep_less(decoder)
+    adapt(decoder)
 
 
-def keep_less(model):
+def keep_less(decoder):
     """Has norms and gates keep their inputs alone for the backward pass, and compute the rest anew.
 
     A norm of transformers 5.20 keeps three tensors in fp32 and is eight kernels; torch has one that is one.
+    So answers come sooner too.
     """
     import torch
     from transformers.models.gemma3 import modeling_gemma3
@@ -184,7 +186,6 @@ def keep_less(model):
     def gated(layer, values):
         return layer.down_proj(Gate.apply(layer.gate_proj(values), layer.up_proj(values)))
 
-    decoder = model.get_base_model().get_decoder()
     for layer in decoder.modules():
         if isinstance(layer, modeling_gemma3.Gemma3RMSNorm):
             layer.forward = partial(norm, layer, 1 + layer.weight.detach().float())
@@ -192,7 +193,7 @@ def keep_less(model):
             layer.forward = partial(gated, layer)
 
 
-def adapt(model):
+def adapt(decoder):
     """Has a projection and its LoRA be one function: it keeps its input, which others share, and a mask.
 
     PEFT 0.21.2 keeps the input after dropout too, another one for each projection.
@@ -238,7 +239,7 @@ def adapt(model):
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         return Adapted.apply(values, a, b, base, layer.scaling[name], rate)
 
-    for layer in model.get_base_model().get_decoder().modules():
+    for layer in decoder.modules():
         if isinstance(layer, LoraLayer):
             eight = isinstance(layer.base_layer, bitsandbytes.nn.Linear8bitLt)
             layer.forward = partial(adapted, layer, (eight_bits if eight else four_bits)(layer.base_layer))

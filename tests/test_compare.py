@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 import adapter_folder
 import chat_rows
 import compare
+import cuda_graphs
 import tool_call
+import train_qlora
 from machine import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +161,36 @@ def test_the_base_is_the_model_with_the_adapter_off(adapter, tiny_text_model):
         base = compare.answer(model, tokenizer, asked)
     plain = AutoModelForCausalLM.from_pretrained(tiny_text_model, dtype=torch.float32)
     assert base == compare.answer(plain, tokenizer, asked) != tuned
+
+
+def test_the_vision_tower_is_not_loaded_and_nothing_warns_of_that(tmp_path, recwarn):
+    from peft import PeftModel
+
+    base = write_tiny_model(tmp_path / "base", multimodal=True)
+    folder = write_tiny_adapter(tmp_path / "qlora_output", base)
+    model, tokenizer, _ = compare.load(folder, None)
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+    assert not any("vision_tower" in name and ".layers." in name for name, _ in model.named_parameters())
+    whole = train_qlora.load_model(base, None, "cpu", torch.float32)
+    whole = PeftModel.from_pretrained(whole, folder).eval()
+    assert any("vision_tower" in name and ".layers." in name for name, _ in whole.named_parameters())
+    asked = conversations("Привет", "Какой у меня остаток на счёте?")
+    tuned = compare.answer(model, tokenizer, asked)
+    assert tuned == compare.answer(whole, tokenizer, asked)
+    with model.disable_adapter():
+        assert tuned != compare.answer(model, tokenizer, asked)
+
+
+def test_layers_of_fewer_kernels_answer_the_same(adapter):
+    model, tokenizer, _ = compare.load(adapter, None)
+    asked = conversations("Привет", "Какой у меня остаток на счёте?")
+    tuned = compare.answer(model, tokenizer, asked)
+    with model.disable_adapter():
+        base = compare.answer(model, tokenizer, asked)
+    cuda_graphs.keep_less(model.get_base_model().get_decoder())  # as on a GPU
+    assert compare.answer(model, tokenizer, asked) == tuned != base
+    with model.disable_adapter():
+        assert compare.answer(model, tokenizer, asked) == base
 
 
 def test_batches_hold_every_prompt_once_within_their_tokens(monkeypatch):
