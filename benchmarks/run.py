@@ -109,7 +109,7 @@ def peer(args):
     from trl import SFTConfig, SFTTrainer
 
     class Clock(TrainerCallback):
-        seconds, losses, begun = [], [], 0.0
+        seconds, begun = [], 0.0
 
         def on_step_begin(self, *_, **__):
             self.begun = time.perf_counter()
@@ -117,10 +117,6 @@ def peer(args):
         def on_step_end(self, *_, **__):
             torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self.begun)
-
-        def on_log(self, *_, logs=None, **__):
-            if "loss" in logs:
-                self.losses.append(logs["loss"])
 
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
@@ -132,7 +128,7 @@ def peer(args):
             max_grad_norm=train_qlora.MAX_GRAD_NORM,
             optim="paged_adamw_8bit",
             bf16=True,
-            logging_steps=1,
+            logging_strategy="no",
             save_strategy="no",
             report_to=[],
             seed=train_qlora.SEED,
@@ -147,7 +143,6 @@ def peer(args):
         trainer.save_model(folder)
     result = {
         "step_seconds": Clock.seconds,
-        "losses": Clock.losses,
         "trained_tokens": batches.trained_tokens(examples),
         "peak_memory_gib": machine.peak_memory(torch.device("cuda:0")),
     }

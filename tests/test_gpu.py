@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_tokenizer
 
+import adapter_folder
 from benchmarks import random_gemma_4b
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +36,12 @@ def folder(tmp_path_factory):
     torch.cuda.empty_cache()
     (folder / "examples.json").write_bytes((ROOT / "examples.json").read_bytes())
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(folder):
+    assert finish(start(folder, "--epochs", 1, "--output", "adapter"))[0] == 0
+    return folder / "adapter"
 
 
 def start(folder, *arguments, before="pass", dropout=0.1, graphs=True):
@@ -75,11 +85,11 @@ def run_json(path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_resumed_run_gives_the_losses_of_one_that_was_not_stopped(folder, bits):
-    arguments = ["--epochs", 3, "--bits", bits]
+    arguments = ["--epochs", 2, "--bits", bits]
     assert finish(start(folder, *arguments, "--output", f"whole{bits}"))[0] == 0
     process = start(folder, *arguments, "--output", f"stopped{bits}")
     for line in process.stdout:
-        if line.startswith("epoch  1/3"):
+        if line.startswith("epoch  1/2"):
             break
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -164,3 +174,81 @@ def test_training_reserves_no_more_than_it_may_and_meets_its_times(folder, bits,
     assert run["peak_memory_gib"]["reserved"] <= gib
     assert seconds[0] <= 3
     assert sum(seconds) <= {20: 6, 8: 9, 5: 17, 3.8: 36, 6: 36}[gib] + 2 * (bits == 8)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_compare_answers_from_the_gpu(folder, adapter, bits):
+    command = [sys.executable, ROOT / "compare.py", "--adapter", adapter, "--data", ROOT / "heldout.json"]
+    result = subprocess.run(
+        [*command, *(["--bits", str(bits)] if bits else [])], cwd=folder, capture_output=True, text=True
+    )
+    print(result.stdout, result.stderr)
+    assert result.returncode == 1, "random weights that pass all probes"
+    assert "Traceback" not in result.stderr
+    report = json.loads((adapter / adapter_folder.COMPARISON).read_text())
+    assert report["bits"] == bits
+    assert report["device"] == torch.cuda.get_device_name(0)
+
+
+@contextmanager
+def full_memory(but):
+    """Another process has all of the GPU's free memory but so many bytes."""
+    script = f"import torch; torch.cuda.init(); n = torch.cuda.mem_get_info()[0] - {but}\n"
+    script += "a = torch.empty(n, dtype=torch.uint8, device='cuda'); print('full', flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "full\n"
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_serve_answers_from_the_gpu_and_outlives_a_full_memory(folder, adapter, bits):
+    command = [sys.executable, "-u", ROOT / "serve.py", "--port", "0", "--adapter", adapter]
+    process = subprocess.Popen(
+        [*command, *(["--bits", str(bits)] if bits else [])],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines = [process.stdout.readline() for _ in range(4)]
+        url = re.search(r"http://\S+/v1", lines[2])[0]
+
+        def ask(model, text, tokens):
+            body = {"model": model, "max_tokens": tokens, "messages": [{"role": "user", "content": text}]}
+            request = urllib.request.Request(
+                f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=120) as response:
+                    return response.status, json.load(response)
+            except urllib.error.HTTPError as error:
+                return error.code, json.load(error)
+
+        for name in ("tuned", "base", "tuned"):
+            began = time.monotonic()
+            status, answer = ask(name, "Какой у меня остаток на счёте?", 20)
+            print(f"{bits} bits, {name}: {time.monotonic() - began:.2f} s, {answer}")
+            assert status == 200
+            assert answer["usage"]["completion_tokens"] == 20
+            assert answer["choices"][0]["finish_reason"] == "length"
+        with full_memory(64 * 2**20):
+            status, answer = ask("tuned", "слово " * 500, 20)
+            print(status, answer)
+            assert status == 503
+            assert "memory is full" in answer["error"]["message"]
+        assert ask("tuned", "Привет", 5)[0] == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        rest = process.stdout.read()
+        print(*lines, rest)
+        assert "Traceback" not in rest
+    finally:
+        process.kill()
+        process.wait()
