@@ -374,14 +374,17 @@ def show_plan(numbers, counts):
 def seconds(d, numbers, bits, card):
     """Returns how long a run takes on a card, from start to adapter: what was measured, scaled to it."""
     speed, size = PUBLISHED[card]
-    rank, at_once = train_qlora.LORA_R, numbers["trained_at_once"]
     budget = memory_estimate.SHARE * memory_estimate.free(size)
-    tokens = 0 if card == WITHOUT_BF16 else memory_estimate.plan(d, bits, rank, budget, at_once).tokens
+    rows = numbers["trained_at_once"], numbers["longest"]
+    planned = memory_estimate.plan(d, bits, train_qlora.LORA_R, budget, *rows)
+    if card == WITHOUT_BF16:
+        planned = memory_estimate.Plan(0, train_qlora.TOKENS_PER_MICRO_BATCH)
     graphs = plain = 0
     for step in numbers["epoch"]:
-        packs, long = cuda_graphs.cut([{"input_ids": range(length)} for length in step], tokens, ALONE)
+        step = [{"input_ids": range(length)} for length in step]
+        packs, long = cuda_graphs.cut(step, planned.tokens, ALONE)
         graphs += len(packs)
-        plain += len(train_qlora.micro_batches(long, ALONE))
+        plain += len(train_qlora.micro_batches(long, ALONE, planned.checkpointed))
     operations = 4 * memory_estimate.text_weights(d) * sum(map(sum, numbers["epoch"]))
     arithmetic = operations / (speed * 1e12 * BUSY[bits])
     epoch = KERNELS[bits] * graphs + LAUNCHING[bits] * plain + arithmetic + EPOCH

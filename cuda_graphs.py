@@ -383,7 +383,6 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
 
     def runner(tokens):
         if tokens not in runners:
-            runners.clear()  # memory was full
             packs = [p for numbers in ahead for p in cut([rows[i] for i in numbers], tokens, state)[0]]
             packs = [(batches.tokens_in(p), batches.trained_tokens(p)) for p in packs]
             runners[tokens] = make_runner(model, packs, pad_id, state.device, logits_at_once)
@@ -393,10 +392,12 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
         return max(1, plan.checkpointed * tokens // max(1, plan.tokens))
 
     def sizes(rows, tokens):
-        packs, long = cut(rows, tokens, state)
-        return [(len(p), batches.tokens_in(p)) for p in packs] + [(1, batches.size(row)) for row in long]
+        packs, long = cut(rows, tokens, state)  # a row that is a pack's only one may still leave it
+        return [(True, batches.tokens_in(p)) for p in packs] + [(False, batches.size(row)) for row in long]
 
     def add(rows, tokens):
+        if tokens not in runners:
+            runners.clear()  # memory was full
         packs, long = cut(rows, tokens, state)
         total = batches.trained_tokens(rows)
         checkpoint(False)

@@ -85,17 +85,25 @@ class Plan(NamedTuple):
     checkpointed: int
 
 
-def plan(d, bits, rank, budget, trained_at_once):
-    """Returns the Plan for `budget` bytes of reserved memory."""
+def plan(d, bits, rank, budget, trained_at_once, longest):
+    """Returns the Plan for `budget` bytes of reserved memory and a longest row of so many tokens."""
     kept = KEPT[bits] * 2 * (d.hidden + d.intermediate) * d.layers
     logit = BYTES_A_KEPT_LOGIT * d.vocabulary
-    room = budget - fixed(d, bits, rank) - BESIDE
-    # An evaluation has logits of its own: the memory of graphs is theirs.
-    tokens = max((room - 2 * logit * trained_at_once) / kept, min(trained_at_once, room / (kept + logit)))
+
+    def graphs(room, beside):
+        tokens = max(
+            (room - logit * trained_at_once - beside) / kept, min(trained_at_once, room / (kept + logit))
+        )
+        return int(min(MOST, max(0, tokens))) // MULTIPLE * MULTIPLE
+
+    # The memory of graphs is theirs: an evaluation has logits of its own, a row that none takes all it needs.
+    tokens = graphs(budget - BESIDE - fixed(d, bits, rank), logit * trained_at_once)
+    if tokens < longest:
+        tokens = graphs(budget - BESIDE - least(d, bits, rank, longest, trained_at_once), 0)
     again = peak(d, bits, rank, 1, 0) - peak(d, bits, rank, 0, 0)
     checkpointed = (budget / RESERVED - peak(d, bits, rank, 0, trained_at_once)) / again
-    tokens = int(min(MOST, max(0, tokens))) // MULTIPLE * MULTIPLE
-    return Plan(tokens, int(min(MOST, max(0, checkpointed))))
+    checkpointed = int(min(MOST, max(0, checkpointed)))
+    return Plan(tokens, longest if 0 < tokens < longest else checkpointed)
 
 
 def least(d, bits, rank, tokens, trained_at_once):

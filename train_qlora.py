@@ -219,8 +219,8 @@ def micro_batches(examples, state, tokens=None):
 
 
 def padded_sizes(examples, state, tokens=None):
-    """Returns [(rows, tokens), …] of this process's micro-batches."""
-    return [(len(b), len(b) * batches.size(b[0])) for b in micro_batches(examples, state, tokens)]
+    """Returns [(whether it is several rows, tokens), …] of this process's micro-batches."""
+    return [(len(b) > 1, len(b) * batches.size(b[0])) for b in micro_batches(examples, state, tokens)]
 
 
 def pad(examples, pad_id, device):
@@ -421,7 +421,7 @@ def add_up(loss, weights, state):
 def within_memory(work, cut, state, tokens, less=1 / 2):
     """Returns (work(tokens), tokens); where the GPU's memory is full, does it again with `less` of them.
 
-    cut(tokens=…) gives [(rows, tokens), …] of the micro-batches. Raises RunError if one row is too large.
+    cut(tokens=…) gives [(whether less may do, tokens), …] of the micro-batches. Raises RunError if none may.
     """
     import torch
 
@@ -435,13 +435,13 @@ def within_memory(work, cut, state, tokens, less=1 / 2):
             torch.cuda.empty_cache()
         sizes = cut(tokens=tokens)
         largest = max(size for _, size in sizes)
-        several = [size for rows, size in sizes if rows > 1]
-        if not several:
+        divisible = [size for less_may_do, size in sizes if less_may_do]
+        if not divisible:
             raise RunError(
                 f"the GPU's memory is full with one row of {largest} tokens ({reason}); train with "
                 "--bits 4, close what else runs on it (nvidia-smi), shorten that row, or take a larger GPU"
             )
-        tokens = int(max(several) * less)
+        tokens = int(max(divisible) * less)
         say(f"memory     full with {largest} tokens at a time; the same again with {tokens} at most")
 
 
@@ -891,7 +891,7 @@ def plan_memory(args, folder, longest, trained_at_once):
         there = f"{free / 2**30:.1f} GiB are free on this GPU"
         raise RunError(f"--memory {args.memory:g}: {there}; name less, or close what else runs (nvidia-smi)")
     d = memory_estimate.dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
-    plan = memory_estimate.plan(d, args.bits, LORA_R, budget, trained_at_once)
+    plan = memory_estimate.plan(d, args.bits, LORA_R, budget, trained_at_once, longest)
     if max(plan.tokens, plan.checkpointed) < longest:
         least = memory_estimate.least(d, args.bits, LORA_R, longest, trained_at_once)
         needed = f"{args.bits} bits and a row of {longest} tokens take {least / 2**30:.1f}"

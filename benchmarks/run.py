@@ -4,11 +4,13 @@
     python benchmarks/run.py --long 5000                         5,000 rows of 20 to 2,000 tokens instead
     python benchmarks/run.py --model gemma-3-270m --epochs 1     on a CPU, where it only shows that it works
 
-Makes a random model of the 4B dimensions unless --model names one, trains it as this project, TRL and (if it
-is installed) Unsloth do, and writes benchmarks/results.md. A peer runs at the settings found fastest for it.
+Makes a random model of the 4B dimensions unless --model names one, trains it as this project, TRL (if it is
+installed) and Unsloth (if --unsloth names the Python of its environment) do, and writes benchmarks/results.md
+or, with --long, benchmarks/results_long.md. A peer runs at the settings found fastest for it.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -35,24 +37,18 @@ OURS = {"short": [(4, 20), (4, 8), (4, 5), (4, 3.8), (8, 20)], "long": [(4, 20)]
 PEERS = {
     "short": {
         "TRL, 16×1, checkpointing": ("trl", {"gradient_checkpointing": True}),
-        "Unsloth, 16×1, compiled": ("unsloth", {}),
+        "TRL, 16×1, no checkpointing": ("trl", {"gradient_checkpointing": False}),
+        "Unsloth, 16×1, compiled": ("unsloth", {"gradient_checkpointing": "unsloth"}),
     },
     "long": {
-        "TRL, 16×1, by length, checkpointing": (
-            "trl",
-            {"gradient_checkpointing": True, "train_sampling_strategy": "group_by_length"},
-        ),
-        "TRL, packed, 4×1, checkpointing": (
-            "trl",
-            {"gradient_checkpointing": True, "packing": True, "per_device_train_batch_size": 4},
-        ),
-        "TRL, packed, 1×4, no checkpointing": (
+        # Slower on 300 such rows: 4×1 and 2×1 with checkpointing; unpacked, by length, 16×1, 8×2 and 4×4.
+        "TRL, packed, 1×2, no checkpointing": (
             "trl",
             {
                 "gradient_checkpointing": False,
                 "packing": True,
                 "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": 4,
+                "gradient_accumulation_steps": 2,
             },
         ),
     },
@@ -83,11 +79,9 @@ def long_rows(count, tokenizer):
     return rows
 
 
-def installed(name):
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def versions(peer=None):
+    """Returns the versions of what a run is made of, and of the peer, by name."""
+    return {**machine.versions(), **({peer: metadata.version(peer)} if peer else {})}
 
 
 # ---------------------------------------------------------------------------------------------- peers
@@ -95,14 +89,15 @@ def installed(name):
 
 def peer(args):
     """Trains as a peer does, in this process, and writes what run.json has of ours to args.result."""
-    import torch
+    settings = json.loads(args.settings)
+    model, tokenizer = {"trl": trl, "unsloth": unsloth}[args.peer](args, settings)
+
+    import torch  # after Unsloth, which changes what it finds
     from datasets import Dataset
     from transformers import TrainerCallback
 
     rows = train_qlora.load_data(args.data)
     training, _ = train_qlora.split_rows(rows)
-    settings = json.loads(args.settings)
-    model, tokenizer = {"trl": trl, "unsloth": unsloth}[args.peer](args)
     examples = train_qlora.tokenise_rows(args.data, rows, tokenizer)
     examples = [{k: examples[i][k] for k in ("input_ids", "labels")} for i in training]
 
@@ -133,7 +128,12 @@ def peer(args):
             report_to=[],
             seed=train_qlora.SEED,
             max_length=train_qlora.MAX_TOKENS,
-            **{"per_device_train_batch_size": train_qlora.ROWS_PER_STEP, **settings},
+            weight_decay=0.0,
+            **{
+                "per_device_train_batch_size": train_qlora.ROWS_PER_STEP,
+                "gradient_accumulation_steps": 1,
+                **settings,
+            },
         )
         trainer = SFTTrainer(
             model=model, args=config, train_dataset=Dataset.from_list(examples), processing_class=tokenizer,
@@ -145,11 +145,12 @@ def peer(args):
         "step_seconds": Clock.seconds,
         "trained_tokens": batches.trained_tokens(examples),
         "peak_memory_gib": machine.peak_memory(torch.device("cuda:0")),
+        "versions": versions(args.peer),
     }
     Path(args.result).write_text(json.dumps(result))
 
 
-def trl(args):
+def trl(args, settings):
     """Returns (model, tokenizer) as TRL's own QLoRA example has them, with our recipe's numbers."""
     import torch
 
@@ -157,15 +158,21 @@ def trl(args):
     return train_qlora.add_lora(model), train_qlora.load_tokenizer(args.model)
 
 
-def unsloth(args):
-    """Returns (model, tokenizer) as Unsloth's notebooks have them, with our recipe's numbers."""
+def unsloth(args, settings):
+    """Returns (model, tokenizer) as Unsloth's notebooks have them, with our recipe's numbers.
+
+    settings: its kind of checkpointing is taken out, as that is the model's and not the trainer's.
+    """
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(args.result).with_suffix(".code"))
     from unsloth import FastModel
 
+    checkpointing = settings.pop("gradient_checkpointing")
     model, _ = FastModel.from_pretrained(
         args.model,
         max_seq_length=train_qlora.MAX_TOKENS,
         load_in_4bit=args.bits == 4,
         load_in_8bit=args.bits == 8,
+        use_gradient_checkpointing=checkpointing,
     )
     model = FastModel.get_peft_model(
         model,
@@ -173,7 +180,7 @@ def unsloth(args):
         lora_alpha=train_qlora.LORA_ALPHA,
         lora_dropout=train_qlora.LORA_DROPOUT,
         finetune_vision_layers=False,
-        use_gradient_checkpointing="unsloth",
+        use_gradient_checkpointing=checkpointing,
     )
     return model, train_qlora.load_tokenizer(args.model)
 
@@ -207,9 +214,10 @@ def run_ours(folder, model, data, epochs, bits, memory, gpu):
     return {**run, "command": seconds}
 
 
-def run_peer(folder, name, settings, model, data, epochs, bits):
+def run_peer(python, folder, name, settings, model, data, epochs, bits):
+    """Returns what `peer` writes, run by that Python, and the command's seconds; None if it failed."""
     result = Path(folder, "result.json")
-    command = [sys.executable, __file__, "--peer", name, "--settings", json.dumps(settings)]
+    command = [python, __file__, "--peer", name, "--settings", json.dumps(settings)]
     command += ["--result", result, "--model", model]
     seconds = timed([*command, "--data", data, "--epochs", epochs, "--bits", bits], Path(folder, "log"))
     return {**json.loads(result.read_text()), "command": seconds} if seconds else None
@@ -242,6 +250,17 @@ def table(results, epochs):
     return lines
 
 
+def made_of(results):
+    """Returns lines of the versions that the results, [(name, bits, result), …], were made with."""
+    ours, lines = versions(), []
+    for name, _, result in results:
+        other = {k: v for k, v in result.get("versions", {}).items() if v != ours.get(k)}
+        if name.startswith("this project"):
+            other, name = ours, "this project"
+        lines.append(f"{name.split(',')[0]}: {', '.join(f'{k} {v}' for k, v in other.items())}")
+    return [f"- {line}" for line in dict.fromkeys(lines)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder of the base (default: a random one of 4B dimensions)")
@@ -249,7 +268,8 @@ def main():
         "--data", default=ROOT / "examples.json", help="chat rows (default: the shipped ones)"
     )
     parser.add_argument("--epochs", type=int, default=train_qlora.EPOCHS, help="(default: %(default)s)")
-    parser.add_argument("--results", default=ROOT / "benchmarks/results.md", help="(default: %(default)s)")
+    parser.add_argument("--results", help="file for the table (default: benchmarks/results.md)")
+    parser.add_argument("--unsloth", metavar="PYTHON", help="of an environment with Unsloth (default: none)")
     parser.add_argument("--long", type=int, metavar="ROWS", help="train on so many long-tailed rows instead")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
@@ -283,30 +303,25 @@ def main():
             title = f"this project, {f'within {memory:g} GiB' if memory else 'on a CPU'}"
             print(f"{title}, {bits} bits", flush=True)
             results.append((title, bits, run_ours(folder, model, args.data, args.epochs, bits, memory, gpu)))
+        pythons = {"trl": importlib.util.find_spec("trl") and sys.executable, "unsloth": args.unsloth}
         for title, (name, settings) in PEERS[kind].items():
-            if not gpu or not installed(name):
+            if not gpu or not pythons[name]:
                 print(f"{title}: {'not installed' if gpu else 'its kernels need a GPU'}", flush=True)
                 continue
             for bits in sorted({bits for bits, _ in cases}):
                 print(f"{title}, {bits} bits", flush=True)
-                result = run_peer(folder, name, settings, model, args.data, args.epochs, bits)
-                results.append((title, bits, result))
+                case = name, settings, model, args.data, args.epochs, bits
+                results.append((title, bits, run_peer(pythons[name], folder, *case)))
     failed = [name for name, _, result in results if result is None]
     results = [one for one in results if one[2]]
     steps = len(results[0][2]["step_seconds"]) if results else 0
-    versions = {**machine.versions(), **{name: installed(name) for name in ("trl", "unsloth")}}
     device = machine.device_name(torch.device("cuda:0" if gpu else "cpu"))
-    lines = [
-        f"# {steps} steps of {train_qlora.ROWS_PER_STEP} rows on {device}",
-        "",
-        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "",
-        *table(results, args.epochs),
-        "",
-    ]
-    Path(args.results).write_text("\n".join(lines), encoding="utf-8")
+    lines = [f"# {steps} steps of {train_qlora.ROWS_PER_STEP} rows on {device}", ""]
+    lines += [*made_of(results), "", *table(results, args.epochs), ""]
+    path = args.results or ROOT / "benchmarks" / ("results_long.md" if args.long else "results.md")
+    Path(path).write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
-    print(f"written to {args.results}")
+    print(f"written to {path}")
     sys.exit(bool(failed))
 
 

@@ -1,5 +1,6 @@
 """check.py: what is legal and yet wrong in rows, the labels shown, plan, memory, and what a user sees."""
 
+import itertools
 import json
 import math
 import os
@@ -269,10 +270,24 @@ def test_the_memory_estimate_is_near_what_was_measured(bits, tokens, measured):
 @pytest.mark.parametrize(("bits", "tokens", "trained", "measured"), GRAPHS)
 def test_a_plan_takes_what_it_may_and_no_more(bits, tokens, trained, measured):
     def planned(gib):
-        return memory_estimate.plan(memory_estimate.GEMMA_3_4B, bits, 16, gib * 2**30, trained).tokens
+        return memory_estimate.plan(memory_estimate.GEMMA_3_4B, bits, 16, gib * 2**30, trained, 49).tokens
 
     assert planned(measured) <= tokens
     assert planned(1.15 * measured) > tokens
+
+
+def test_a_row_that_no_graph_takes_has_its_memory_beside_the_graphs():
+    d = memory_estimate.GEMMA_3_4B
+    for bits, gib in itertools.product((4, 8), range(3, 40)):
+        least = memory_estimate.least(d, bits, 16, 2000, 128)
+        for budget in (gib * 2**30, gib * 2**30 + 2**29):
+            plan = memory_estimate.plan(d, bits, 16, budget, 128, 2000)
+            assert (max(plan) >= 2000) == (budget >= least)
+            if 0 < plan.tokens < 2000:
+                assert plan.checkpointed == 2000
+                kept = memory_estimate.KEPT[bits] * 2 * (d.hidden + d.intermediate) * d.layers
+                logits = memory_estimate.BYTES_A_KEPT_LOGIT * d.vocabulary * min(128, plan.tokens)
+                assert least + plan.tokens * kept + logits <= budget
 
 
 def test_cards_and_price(capsys):
