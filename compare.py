@@ -22,7 +22,7 @@ from typing import NamedTuple
 import adapter_folder
 import batches
 import chat_rows
-import cuda_graphs
+import cuda_decoding
 import download_model
 import endpoint
 import machine
@@ -95,8 +95,6 @@ def load_folder(folder, name, bits):
                 "GPU; add --bits 4"
             )
     model = train_qlora.load_model(folder, bits, device, dtype, vision=False)
-    if gpu:
-        cuda_graphs.keep_less(model.get_decoder())
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -111,6 +109,19 @@ def end_tokens(model):
     return ends if isinstance(ends, list) else [ends]
 
 
+def padded(tokenizer, prompts, device):
+    """Returns the input_ids and attention_mask of tokenised prompts.
+
+    Padded on the left, so that every answer begins where its prompt ends.
+    """
+    return tokenizer.pad(
+        {"input_ids": prompts},
+        padding_side="left",
+        pad_to_multiple_of=8,  # fp32 on an H100, torch 2.11: padded to 33, all went wrong
+        return_tensors="pt",
+    ).to(device)
+
+
 def generate(model, tokenizer, prompts, on_token, **settings):
     """Continues tokenised prompts, greedily unless the settings differ; returns the new tokens of each.
 
@@ -123,13 +134,7 @@ def generate(model, tokenizer, prompts, on_token, **settings):
         stopped = bool(on_token(input_ids[:, -1].tolist()))
         return torch.full((len(input_ids),), stopped, device=input_ids.device)
 
-    # Padded on the left, so that every answer begins where its prompt ends.
-    inputs = tokenizer.pad(
-        {"input_ids": prompts},
-        padding_side="left",
-        pad_to_multiple_of=8,  # fp32 on an H100, torch 2.11: padded to 33, all went wrong
-        return_tensors="pt",
-    ).to(model.device)
+    inputs = padded(tokenizer, prompts, model.device)
     settings = {
         "do_sample": False,
         "top_k": None,  # what Gemma's own generation config asks for when it samples
@@ -163,13 +168,17 @@ def answer(model, tokenizer, conversations, title="answering"):
     work = cut(prompts)
     bar = tqdm(total=MAX_NEW_TOKENS * len(work), desc=title, unit="token", leave=False, disable=None)
 
-    def advance(tokens):
+    def advance(*_):
         bar.update()
 
     with bar:
         for number, batch in enumerate(work, 1):
             asked = [prompts[i] for i in batch]
-            output = generate(model, tokenizer, asked, advance, max_new_tokens=MAX_NEW_TOKENS)
+            if cuda_decoding.can(model):
+                inputs = padded(tokenizer, asked, model.device)
+                output = cuda_decoding.decode(model, **inputs, new=MAX_NEW_TOKENS, ends=ends, on_step=advance)
+            else:
+                output = generate(model, tokenizer, asked, advance, max_new_tokens=MAX_NEW_TOKENS)
             for i, ids in zip(batch, output, strict=True):
                 end = next((place for place, token in enumerate(ids) if token in ends), None)
                 ids = ids[:end]

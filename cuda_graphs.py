@@ -136,16 +136,14 @@ def packed_loss(model, batch, cross_entropy):
 
 def prepare(model):
     """Has the model's layers compute the same in fewer kernels, keep less, and never wait for the GPU."""
-    decoder = model.get_base_model().get_decoder()
-    keep_less(decoder)
-    adapt(decoder)
+    keep_less(model)
+    adapt(model)
 
 
-def keep_less(decoder):
+def keep_less(model):
     """Has norms and gates keep their inputs alone for the backward pass, and compute the rest anew.
 
     A norm of transformers 5.20 keeps three tensors in fp32 and is eight kernels; torch has one that is one.
-    So answers come sooner too.
     """
     import torch
     from transformers.models.gemma3 import modeling_gemma3
@@ -186,6 +184,7 @@ def keep_less(decoder):
     def gated(layer, values):
         return layer.down_proj(Gate.apply(layer.gate_proj(values), layer.up_proj(values)))
 
+    decoder = model.get_base_model().get_decoder()
     for layer in decoder.modules():
         if isinstance(layer, modeling_gemma3.Gemma3RMSNorm):
             layer.forward = partial(norm, layer, 1 + layer.weight.detach().float())
@@ -193,7 +192,7 @@ def keep_less(decoder):
             layer.forward = partial(gated, layer)
 
 
-def adapt(decoder):
+def adapt(model):
     """Has a projection and its LoRA be one function: it keeps its input, which others share, and a mask.
 
     PEFT 0.21.2 keeps the input after dropout too, another one for each projection.
@@ -239,7 +238,7 @@ def adapt(decoder):
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         return Adapted.apply(values, a, b, base, layer.scaling[name], rate)
 
-    for layer in decoder.modules():
+    for layer in model.get_base_model().get_decoder().modules():
         if isinstance(layer, LoraLayer):
             eight = isinstance(layer.base_layer, bitsandbytes.nn.Linear8bitLt)
             layer.forward = partial(adapted, layer, (eight_bits if eight else four_bits)(layer.base_layer))
@@ -292,6 +291,23 @@ def eight_bits(layer):
 # ---------------------------------------------------------------------------------------------- graphs
 
 
+def capture(work, pool=None):
+    """Returns the CUDA graph of work(), and what work() returned; raises OutOfMemoryError."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            result = work()
+    except RuntimeError as error:  # ending a capture that ran out of memory fails by another one
+        if isinstance(error.__context__, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error.__context__)) from error
+        raise
+    return graph, result
+
+
 def make_runner(model, packs, pad_id, device, logits_at_once):
     """Returns run(pack, total): adds the gradient of a pack's summed loss / total, and returns that loss.
 
@@ -321,29 +337,17 @@ def make_runner(model, packs, pad_id, device, logits_at_once):
             decoder.layers = layers
             torch.cuda.set_rng_state(random, device)
 
-    def capture(batch, scale):
-        if not graphs:
-            warm_up(batch)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=pool):
-                loss = compute(batch, scale)
-        except RuntimeError as error:  # ending a capture that ran out of memory fails by another one
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise torch.OutOfMemoryError(str(error.__context__)) from error
-            raise
-        return graph, batch, scale, loss
-
     def run(pack, total):
         length = next(length for length in lengths if length >= batches.tokens_in(pack))
         batch = {k: v.to(device, non_blocking=True) for k, v in tensors(pack, length, slots, pad_id).items()}
         scale = torch.tensor(1 / total, device=device)
         if len(sizes) <= SELDOM:
             return compute(batch, scale)
+        if not graphs:
+            warm_up(batch)
         if length not in graphs:
-            graphs[length] = capture(batch, scale)
+            graph, loss = capture(partial(compute, batch, scale), pool)
+            graphs[length] = graph, batch, scale, loss
         graph, static, static_scale, loss = graphs[length]
         for name, tensor in batch.items():
             static[name].copy_(tensor)

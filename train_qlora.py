@@ -441,7 +441,7 @@ def within_memory(work, cut, state, tokens, less=1 / 2):
                 f"the GPU's memory is full with one row of {largest} tokens ({reason}); train with "
                 "--bits 4, close what else runs on it (nvidia-smi), shorten that row, or take a larger GPU"
             )
-        tokens = int(max(divisible) * less)
+        tokens, less = int(max(divisible) * less), max(1 / 2, less * less)
         say(f"memory     full with {largest} tokens at a time; the same again with {tokens} at most")
 
 

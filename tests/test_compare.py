@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import adapter_folder
 import chat_rows
 import compare
-import cuda_graphs
+import cuda_decoding
 import tool_call
 import train_qlora
 from machine import RunError
@@ -181,16 +181,25 @@ def test_the_vision_tower_is_not_loaded_and_nothing_warns_of_that(tmp_path, recw
         assert tuned != compare.answer(model, tokenizer, asked)
 
 
-def test_layers_of_fewer_kernels_answer_the_same(adapter):
+def test_what_decodes_on_a_gpu_answers_as_transformers_does(adapter, monkeypatch):
     model, tokenizer, _ = compare.load(adapter, None)
-    asked = conversations("Привет", "Какой у меня остаток на счёте?")
-    tuned = compare.answer(model, tokenizer, asked)
-    with model.disable_adapter():
-        base = compare.answer(model, tokenizer, asked)
-    cuda_graphs.keep_less(model.get_base_model().get_decoder())  # as on a GPU
-    assert compare.answer(model, tokenizer, asked) == tuned != base
-    with model.disable_adapter():
-        assert compare.answer(model, tokenizer, asked) == base
+    asked = conversations("Привет", "Какой у меня остаток на счёте? " * 3, "a", "Сколько будет 2 и 2")
+    assert model.config.sliding_window < compare.MAX_NEW_TOKENS
+    model.generation_config.eos_token_id = [1, compare.answer(model, tokenizer, asked[:1])[0].ids[5]]
+
+    def answers(prompts):
+        tuned = compare.answer(model, tokenizer, prompts)
+        with model.disable_adapter():
+            return tuned, compare.answer(model, tokenizer, prompts)
+
+    assert not cuda_decoding.can(model)
+    batch, one = answers(asked), answers(asked[:1])
+    monkeypatch.setattr(cuda_decoding, "can", lambda _: True)
+    assert answers(asked) == batch
+    assert answers(asked[:1]) == one
+    assert one[0][0].ended
+    assert not all(answer.ended for answer in batch[0])
+    assert batch[0] != batch[1]
 
 
 def test_batches_hold_every_prompt_once_within_their_tokens(monkeypatch):

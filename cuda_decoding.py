@@ -1,0 +1,67 @@
+"""Greedy answers as fast as the GPU is: the next token of all rows as one CUDA graph.
+
+A token of Gemma-3-4b is some five thousand kernels; launched one by one from Python they take ten times as
+long as the GPU computes, as in training.
+"""
+
+import cuda_graphs
+
+
+def can(model):
+    """Returns whether a step of the model can be captured: bitsandbytes waits for the GPU with 8 bits."""
+    return model.device.type == "cuda" and not getattr(model, "is_loaded_in_8bit", False)
+
+
+def decode(model, input_ids, attention_mask, new, ends, on_step):
+    """Continues prompts greedily; returns the new tokens of each, at most `new`, as lists of equal length.
+
+    input_ids, attention_mask: (rows, tokens), padded on the left; it goes on until every row has had one of
+    the tokens `ends`, and what a row has after its own means nothing. on_step() is called at every step.
+    """
+    import torch
+    from transformers.cache_utils import Cache, StaticLayer
+
+    rows, prompt = input_ids.shape
+    decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device
+    dtype, window = head.weight.dtype, model.config.get_text_config().sliding_window
+    cache = Cache(layers=[StaticLayer(prompt + new) for _ in decoder.layers])
+    places = torch.arange(prompt + new, device=device)
+    starts = prompt - attention_mask.sum(1)  # where a row's padding ends
+    ends = torch.tensor(ends, device=device)
+    # What a step reads and leaves, always in the same memory: the last token, its place, whether a row ended.
+    token, place = torch.zeros_like(input_ids[:, :1]), torch.full((1,), prompt - 1, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    written = torch.zeros((rows, new), dtype=torch.long, device=device)
+
+    def step(ids, asking):
+        """Writes the token that follows ids, (rows, n), whose places are `asking`, (n,)."""
+        behind = asking[:, None] - places
+        seen = (places >= starts[:, None])[:, None] & (behind >= 0)
+        masks = {}
+        for kind, mask in (("full_attention", seen), ("sliding_attention", seen & (behind < window))):
+            added = torch.zeros(mask.shape, dtype=dtype, device=device)
+            masks[kind] = added.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+        positions = (asking - starts[:, None]).clamp(min=0)
+        states = decoder(
+            input_ids=ids, position_ids=positions, attention_mask=masks, past_key_values=cache
+        ).last_hidden_state
+        token.copy_(head(states[:, -1]).argmax(-1, keepdim=True))
+        place.add_(1)
+        written.index_copy_(1, place - prompt, token)
+        ended.logical_or_(torch.isin(token[:, 0], ends))
+
+    def launch():
+        step(token, place)
+
+    with torch.inference_mode():
+        step(input_ids, places[:prompt])
+        graph = None
+        for number in range(1, new):
+            on_step()
+            if ended.all():
+                break
+            if number == 2 and device.type == "cuda":  # the first one loads what a capture must not
+                graph, _ = cuda_graphs.capture(launch)
+            (graph.replay if graph else launch)()
+        on_step()
+        return written[:, : place.item() - prompt + 1].tolist()
