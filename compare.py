@@ -45,6 +45,7 @@ CALL = tool_call.Call("get_sensitive_data", {}, ())
 MAX_NEW_TOKENS = 80
 TOKENS_PER_BATCH = 16384  # rows × (longest prompt + MAX_NEW_TOKENS) answered at once: 2.3 GB of cache on 4B
 WEIGHTS_ROOM = 1.2  # of the weights' size: activations and cache of a batch beside them, measured on 4B
+FAST_ON = "cuda"  # the kind of device that decodes by graphs
 Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
 
@@ -174,7 +175,7 @@ def answer(model, tokenizer, conversations, title="answering"):
     with bar:
         for number, batch in enumerate(work, 1):
             asked = [prompts[i] for i in batch]
-            if cuda_decoding.can(model):
+            if model.device.type == FAST_ON:
                 inputs = padded(tokenizer, asked, model.device)
                 output = cuda_decoding.decode(model, **inputs, new=MAX_NEW_TOKENS, ends=ends, on_step=advance)
             else:

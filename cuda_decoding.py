@@ -4,12 +4,21 @@ A token of Gemma-3-4b is some five thousand kernels; launched one by one from Py
 long as the GPU computes, as in training.
 """
 
+from functools import partial
+
 import cuda_graphs
 
 
-def can(model):
-    """Returns whether a step of the model can be captured: bitsandbytes waits for the GPU with 8 bits."""
-    return model.device.type == "cuda" and not getattr(model, "is_loaded_in_8bit", False)
+def never_wait(decoder):
+    """Has layers of 8 bits multiply as training by graphs does: bitsandbytes itself waits for the GPU."""
+    import bitsandbytes
+
+    def multiply(product, values):
+        return product(values.flatten(0, -2)).unflatten(0, values.shape[:-1])
+
+    for layer in decoder.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            layer.forward = partial(multiply, cuda_graphs.eight_bits(layer).product)
 
 
 def decode(model, input_ids, attention_mask, new, ends, on_step):
@@ -53,6 +62,7 @@ def decode(model, input_ids, attention_mask, new, ends, on_step):
     def launch():
         step(token, place)
 
+    never_wait(decoder)
     with torch.inference_mode():
         step(input_ids, places[:prompt])
         graph = None
