@@ -11,12 +11,15 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import tiny_tokenizer, write_tiny_adapter, write_tiny_model
 
 import adapter_folder
+import compare
+import cuda_graphs
 from benchmarks import random_gemma_4b
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +189,28 @@ def test_compare_answers_from_the_gpu(folder, adapter, bits):
     report = json.loads((adapter / adapter_folder.COMPARISON).read_text())
     assert report["bits"] == bits
     assert report["device"] == torch.cuda.get_device_name(0)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monkeypatch, bits):
+    adapter = write_tiny_adapter(tmp_path / "adapter", write_tiny_model(tmp_path / "base"))
+    model, tokenizer, _ = compare.load(adapter, bits)
+    asked = [[{"role": "user", "content": prompt}] for prompt, _ in compare.PROBES]
+
+    def answers():
+        tuned = compare.answer(model, tokenizer, asked)
+        with model.disable_adapter():
+            return [answer.ids for answer in tuned + compare.answer(model, tokenizer, asked)]
+
+    graphs = answers()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graphs, "capture", lambda work: (SimpleNamespace(replay=work), None))
+        assert answers() == graphs
+    assert len({tuple(ids) for ids in graphs}) > 6
+    monkeypatch.setattr(compare, "FAST_ON", None)
+    alike = sum(a == b for a, b in zip(graphs, answers(), strict=True))
+    print(f"{bits} bits: {alike} of {len(graphs)} answers are those of transformers")
+    assert alike > len(graphs) / 2  # bf16 rounds the products of other shapes otherwise
 
 
 @contextmanager
