@@ -393,7 +393,7 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
         return runners[tokens]
 
     def again(tokens):
-        return max(1, plan.checkpointed * tokens // max(1, plan.tokens))
+        return max(1, plan.checkpointed * tokens // plan.tokens)
 
     def sizes(rows, tokens):
         packs, long = cut(rows, tokens, state)  # a row that is a pack's only one may still leave it

@@ -564,8 +564,9 @@ def train(
     plain = partial(add_gradients, model, pad_id=pad_id, state=state)
     add, sizes, less = plain, partial(padded_sizes, state=state), 1 / 2
     if plan:
-        tokens, less = plan.tokens, 7 / 8  # the plan may be wrong by so much
-        tokens_evaluated = plan.tokens or plan.checkpointed
+        tokens = tokens_evaluated = plan.tokens or plan.checkpointed
+    if plan and plan.tokens:
+        less = 7 / 8  # the plan may be wrong by so much
         ahead = [numbers for epoch in range(args.epochs) for numbers in steps_of(epoch + 1, training)]
         add, sizes = cuda_graphs.make(model, examples, ahead, plan, plain, pad_id, state, LOGITS_AT_ONCE)
     bar = tqdm(
@@ -899,9 +900,10 @@ def plan_memory(args, folder, longest, trained_at_once):
         cure += f", take {'--bits 4, ' * (args.bits == 8)}shorter rows or a larger GPU"
         raise RunError(f"{budget / 2**30:.1f} GiB of GPU memory are too little: {needed}; {cure}")
     torch.cuda.set_per_process_memory_fraction(budget / total)
-    how = f"{plan.tokens} tokens at once, as CUDA graphs"
+    how = f"{plan.tokens} tokens at once, as CUDA graphs" if plan.tokens else ""
     if plan.tokens < longest:
-        how += f"; longer rows {plan.checkpointed} at once, their layers computed anew for the gradient"
+        how += "; longer rows " * bool(plan.tokens) + f"{plan.checkpointed} tokens at once, "
+        how += "their layers computed anew for the gradient"
     say(f"memory     {budget / 2**30:.1f} GiB at most: {how}")
     return plan
 

@@ -667,8 +667,12 @@ def test_what_fits_the_memory_is_said_and_what_does_not_is_refused(monkeypatch, 
     assert plan(12, 49).tokens > plan(6, 49).tokens > 49
     assert shares == [0.5, 0.25]
     assert plan(None, 49).tokens == plan(0.9 * 22, 49).tokens
-    assert plan(6, 2048).checkpointed >= 2048
-    assert "6.0 GiB at most: 408 tokens at once, as CUDA graphs; longer rows " in capsys.readouterr().out
+    assert plan(6, 49).tokens > plan(6, 2048).tokens > 0 == plan(3.8, 153).tokens
+    again = "tokens at once, their layers computed anew for the gradient"
+    lines = capsys.readouterr().out.splitlines()
+    graphs = "6.0 GiB at most: 256 tokens at once, as CUDA graphs"
+    assert lines[-2] == f"memory     {graphs}; longer rows 2048 {again}"
+    assert re.fullmatch(rf"memory     3\.8 GiB at most: \d+ {again}", lines[-1])
     for arguments, says in [
         ((23, 49), r"--memory 23: 22.0 GiB are free on this GPU; name less"),
         ((3, 49), r"3.0 GiB of GPU memory are too little: 4 bits and a row of 49 tokens take 3.6; name more"),
