@@ -146,7 +146,7 @@ def test_with_no_memory_for_a_row_it_says_so_with_the_numbers(folder):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_graphs_give_the_losses_of_their_kernels_launched_one_by_one(folder, bits):
+def test_graphs_give_the_losses_of_their_kernels_launched_one_by_one_and_of_the_plain_way(folder, bits):
     arguments = ["--bits", bits, "--memory", 8, "--output"]
     one_by_one = "import cuda_graphs; cuda_graphs.SELDOM = 10**9"
     runs = {
@@ -158,11 +158,12 @@ def test_graphs_give_the_losses_of_their_kernels_launched_one_by_one(folder, bit
     losses = {name: run_json(folder / f"{name}{bits}")["losses"] for name in runs}
     assert len(losses["graphs"]) == 40
     apart = {
-        name: max(abs(a - b) for a, b in zip(losses["graphs"], losses[name], strict=True)) for name in losses
+        name: max(abs(a - b) / a for a, b in zip(losses["graphs"], losses[name], strict=True))
+        for name in losses
     }
-    print(f"{bits} bits: losses of 40 steps apart from those of graphs: {apart}")
-    assert apart["launched"] < 1e-3
-    assert apart["plain"] < 2e-2  # rows padded, not packed: bf16 rounds otherwise
+    print(f"{bits} bits: losses of 40 steps, how far apart of what they are: {apart}")
+    assert apart["launched"] < 1e-6
+    assert apart["plain"] < 1e-3  # rows padded, not packed: bf16 rounds otherwise
 
 
 @pytest.mark.parametrize(("bits", "gib"), [(4, 20), (4, 8), (4, 5), (4, 3.8), (8, 20), (8, 6)])
