@@ -58,8 +58,6 @@ TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa
 # forward, and 2 in the backward pass, which needs no gradient of the base's weights.
 START = {4: 19, 8: 23}  # imports and loading
 EPOCH = 0.6  # an evaluation and a checkpoint
-KERNELS = {4: 0.04, 8: 0.055}  # of a micro-batch as a CUDA graph
-LAUNCHING = {4: 1.1, 8: 0.9}  # of one whose kernels are launched one by one, its layers computed anew
 BUSY = {4: 0.3, 8: 0.15}  # of the published figure is what a card then does of these operations
 # Published dense bf16 tera-operations a second, and GiB; the T4 computes in fp32, having no bf16.
 PUBLISHED = {"H100": (989, 80), "A100": (312, 40), "RTX 4090": (165, 24), "L4": (121, 24)}
@@ -375,20 +373,14 @@ def seconds(d, numbers, bits, card):
     """Returns how long a run takes on a card, from start to adapter: what was measured, scaled to it."""
     speed, size = PUBLISHED[card]
     budget = memory_estimate.SHARE * memory_estimate.free(size)
-    rows = numbers["trained_at_once"], numbers["longest"]
-    planned = memory_estimate.plan(d, bits, train_qlora.LORA_R, budget, *rows)
+    sizes = numbers["trained_at_once"], numbers["longest"]
+    plans = memory_estimate.plans(d, bits, train_qlora.LORA_R, budget, *sizes)
     if card == WITHOUT_BF16:
-        planned = memory_estimate.Plan(0, train_qlora.TOKENS_PER_MICRO_BATCH)
-    graphs = plain = 0
-    for step in numbers["epoch"]:
-        step = [{"input_ids": range(length)} for length in step]
-        packs, long = cuda_graphs.cut(step, planned.tokens, ALONE)
-        graphs += len(packs)
-        plain += len(train_qlora.micro_batches(long, ALONE, planned.checkpointed))
+        plans = [memory_estimate.Plan(0, train_qlora.TOKENS_PER_MICRO_BATCH)]
+    kernels = min(cuda_graphs.seconds(plan, numbers["epoch"], bits, ALONE) for plan in plans)
     operations = 4 * memory_estimate.text_weights(d) * sum(map(sum, numbers["epoch"]))
     arithmetic = operations / (speed * 1e12 * BUSY[bits])
-    epoch = KERNELS[bits] * graphs + LAUNCHING[bits] * plain + arithmetic + EPOCH
-    return START[bits] + train_qlora.EPOCHS * epoch
+    return START[bits] + train_qlora.EPOCHS * (kernels + arithmetic + EPOCH)
 
 
 def show_cost(d, numbers, price):

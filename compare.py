@@ -43,7 +43,7 @@ PROBES = [
 ]
 CALL = tool_call.Call("get_sensitive_data", {}, ())
 MAX_NEW_TOKENS = 80
-TOKENS_PER_BATCH = 16384  # rows × (longest prompt + MAX_NEW_TOKENS) answered at once: 2.3 GB of cache on 4B
+TOKENS_PER_BATCH = 8192  # rows × (longest prompt + MAX_NEW_TOKENS) answered at once: 1.1 GB of cache on 4B
 WEIGHTS_ROOM = 1.2  # of the weights' size: activations and cache of a batch beside them, measured on 4B
 FAST_ON = "cuda"  # the kind of device that decodes by graphs
 Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval

@@ -14,6 +14,7 @@ HIDDEN_BESIDE_LAYERS = 10
 KEPT = {4: 6.05, 8: 6.35}
 BYTES_A_KEPT_LOGIT = 10
 BESIDE = 0.34 * 2**30
+EVALUATED = 8  # logits at once, or an eighth of a graph's tokens: what an evaluation has beside graphs
 MOST, MULTIPLE = 4096, 8  # tokens; a mask is as large as their square, and attention wants such multiples
 SHARE = 0.9  # of what is free on the GPU: training may reserve it, where --memory says nothing
 RESERVED = 1.06  # what torch takes from the card for what it allocates
@@ -78,6 +79,11 @@ def fixed(d, bits, rank):
     return weights + 2 * 4 * lora_weights(d, rank)
 
 
+def evaluated_at_once(tokens, trained_at_once):
+    """Returns how many trained tokens an evaluation has logits of at once, beside graphs of `tokens`."""
+    return max(EVALUATED, min(trained_at_once, tokens // EVALUATED))
+
+
 class Plan(NamedTuple):
     """How many tokens a micro-batch may have: that keeps all activations, and with layers checkpointed."""
 
@@ -85,25 +91,30 @@ class Plan(NamedTuple):
     checkpointed: int
 
 
-def plan(d, bits, rank, budget, trained_at_once, longest):
-    """Returns the Plan for `budget` bytes of reserved memory and a longest row of so many tokens."""
+def plans(d, bits, rank, budget, trained_at_once, longest):
+    """Returns the Plans for `budget` bytes of reserved memory and a longest row of so many tokens.
+
+    One, if all rows fit into graphs or there is no room for any; else one with and one without.
+    """
     kept = KEPT[bits] * 2 * (d.hidden + d.intermediate) * d.layers
     logit = BYTES_A_KEPT_LOGIT * d.vocabulary
 
-    def graphs(room, beside):
-        tokens = max(
-            (room - logit * trained_at_once - beside) / kept, min(trained_at_once, room / (kept + logit))
-        )
+    def graphs(room, evaluation):
+        """Tokens; evaluation: 1 if it has its logits beside them, as the memory of graphs is theirs, or 0."""
+        few = (room - evaluation * logit * EVALUATED) / (kept + logit)
+        few = min(few, room / (kept + logit + evaluation * logit / EVALUATED), trained_at_once)
+        tokens = max((room - logit * trained_at_once * (1 + evaluation)) / kept, few)
         return int(min(MOST, max(0, tokens))) // MULTIPLE * MULTIPLE
 
-    # The memory of graphs is theirs: an evaluation has logits of its own, a row that none takes all it needs.
-    tokens = graphs(budget - BESIDE - fixed(d, bits, rank), logit * trained_at_once)
-    if tokens < longest:
-        tokens = graphs(budget - BESIDE - least(d, bits, rank, longest, trained_at_once), 0)
     again = peak(d, bits, rank, 1, 0) - peak(d, bits, rank, 0, 0)
     checkpointed = (budget / RESERVED - peak(d, bits, rank, 0, trained_at_once)) / again
     checkpointed = int(min(MOST, max(0, checkpointed)))
-    return Plan(tokens, longest if 0 < tokens < longest else checkpointed)
+    tokens = graphs(budget - BESIDE - fixed(d, bits, rank), 1)
+    if tokens >= longest:
+        return [Plan(tokens, checkpointed)]
+    # A row that no graph takes has all that it needs beside them, and so has an evaluation.
+    tokens = graphs(budget - BESIDE - least(d, bits, rank, longest, trained_at_once), 0)
+    return [Plan(0, checkpointed), *([Plan(tokens, longest)] if tokens else [])]
 
 
 def least(d, bits, rank, tokens, trained_at_once):

@@ -320,11 +320,11 @@ def add_lora(model):
     return model
 
 
-def losses_and_guesses(model, batch):
+def losses_and_guesses(model, batch, at_once=None):
     """Returns the summed cross entropy of a batch's trained tokens, and the most likely token for each.
 
-    Logits are computed for trained positions only; with gradient checkpointing LOGITS_AT_ONCE at a time,
-    and again in the backward pass instead of being kept. The guesses are in the order in which
+    Logits are computed for trained positions only; with gradient checkpointing LOGITS_AT_ONCE at a time, or
+    `at_once`, and again in the backward pass instead of being kept. The guesses are in the order in which
     labels[:, 1:] has the trained tokens.
     """
     import torch
@@ -350,7 +350,8 @@ def losses_and_guesses(model, batch):
         hidden = hidden[:, :-1][trained]
         if torch.is_grad_enabled() and not base.is_gradient_checkpointing:
             return chunk(hidden, targets)
-        chunks = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
+        at_once = at_once or LOGITS_AT_ONCE
+        chunks = zip(hidden.split(at_once), targets.split(at_once), strict=True)
         results = [checkpoint(chunk, *pair, use_reentrant=False) for pair in chunks]
     return sum(loss for loss, _ in results), torch.cat([guesses for _, guesses in results])
 
@@ -445,7 +446,7 @@ def within_memory(work, cut, state, tokens, less=1 / 2):
         say(f"memory     full with {largest} tokens at a time; the same again with {tokens} at most")
 
 
-def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, asked=()):
+def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, asked=(), at_once=None):
     """Returns the mean loss of the examples' trained tokens, and how many rows are decided right; None if the
     run is asked to stop meanwhile.
 
@@ -463,7 +464,7 @@ def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, ask
             if asked and state.num_processes == 1:  # several would wait for one another
                 model.train(was_training)
                 return None
-            loss, guesses = losses_and_guesses(model, pad(batch, pad_id, state.device))
+            loss, guesses = losses_and_guesses(model, pad(batch, pad_id, state.device), at_once)
             sums[0] += loss
             guesses = iter(guesses.tolist())
             for example in batch:
@@ -563,9 +564,11 @@ def train(
     step, tokens, tokens_evaluated = 0, TOKENS_PER_MICRO_BATCH, TOKENS_PER_MICRO_BATCH
     plain = partial(add_gradients, model, pad_id=pad_id, state=state)
     add, sizes, less = plain, partial(padded_sizes, state=state), 1 / 2
+    evaluated_at_once = None
     if plan:
         tokens = tokens_evaluated = plan.tokens or plan.checkpointed
     if plan and plan.tokens:
+        evaluated_at_once = memory_estimate.evaluated_at_once(plan.tokens, LOGITS_AT_ONCE)
         less = 7 / 8  # the plan may be wrong by so much
         ahead = [numbers for epoch in range(args.epochs) for numbers in steps_of(epoch + 1, training)]
         add, sizes = cuda_graphs.make(model, examples, ahead, plan, plain, pad_id, state, LOGITS_AT_ONCE)
@@ -592,7 +595,8 @@ def train(
         return add(rows, tokens=tokens)
 
     def evaluation(tokens):
-        return evaluate(model, held_out, held_out_calls, call_token, pad_id, state, tokens, asked)
+        given = model, held_out, held_out_calls, call_token, pad_id, state
+        return evaluate(*given, tokens, asked, evaluated_at_once)
 
     model.train()
     with bar:
@@ -792,7 +796,8 @@ def tune(args, rows):
     tokens, trained = sum(lengths), batches.trained_tokens(examples)
     say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
 
-    plan = None if args.rehearse else plan_memory(args, folder, max(lengths), min(LOGITS_AT_ONCE, trained))
+    epoch = [[lengths[i] for i in numbers] for numbers in steps_of(1, training)]
+    plan = None if args.rehearse else plan_memory(args, folder, epoch, max(lengths), trained, state)
     say(f"model      {args.model} in {args.bits} bits on {machine.device_name(state.device)}")
     started = time.perf_counter()
     torch.manual_seed(SEED)  # LoRA's first weights
@@ -873,10 +878,11 @@ def tune(args, rows):
     say(f"next       {next_command(args)}")
 
 
-def plan_memory(args, folder, longest, trained_at_once):
+def plan_memory(args, folder, epoch, longest, trained, state):
     """Returns the Plan for --memory, and has the process take no more; raises RunError for too little.
 
-    None on a GPU without bf16: its fp32 is trained the plain way.
+    epoch: the rows' lengths of each step, in tokens; longest: of all rows; trained: how many tokens are. None
+    on a GPU without bf16: its fp32 is trained the plain way.
     """
     import torch
 
@@ -892,14 +898,16 @@ def plan_memory(args, folder, longest, trained_at_once):
         there = f"{free / 2**30:.1f} GiB are free on this GPU"
         raise RunError(f"--memory {args.memory:g}: {there}; name less, or close what else runs (nvidia-smi)")
     d = memory_estimate.dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
-    plan = memory_estimate.plan(d, args.bits, LORA_R, budget, trained_at_once, longest)
-    if max(plan.tokens, plan.checkpointed) < longest:
-        least = memory_estimate.least(d, args.bits, LORA_R, longest, trained_at_once)
+    sizes = min(LOGITS_AT_ONCE, trained), longest
+    plans = memory_estimate.plans(d, args.bits, LORA_R, budget, *sizes)
+    if max(max(plan) for plan in plans) < longest:
+        least = memory_estimate.least(d, args.bits, LORA_R, *reversed(sizes))
         needed = f"{args.bits} bits and a row of {longest} tokens take {least / 2**30:.1f}"
         cure = "name more with --memory" if args.memory else "close what else runs on it (nvidia-smi)"
         cure += f", take {'--bits 4, ' * (args.bits == 8)}shorter rows or a larger GPU"
         raise RunError(f"{budget / 2**30:.1f} GiB of GPU memory are too little: {needed}; {cure}")
     torch.cuda.set_per_process_memory_fraction(budget / total)
+    plan = cuda_graphs.quickest(plans, epoch, args.bits, state)
     how = f"{plan.tokens} tokens at once, as CUDA graphs" if plan.tokens else ""
     if plan.tokens < longest:
         how += "; longer rows " * bool(plan.tokens) + f"{plan.checkpointed} tokens at once, "

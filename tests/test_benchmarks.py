@@ -63,7 +63,7 @@ def test_long_rows_are_as_long_as_they_are_said_to_be_and_little_of_them_is_padd
     assert max(sizes) > 5 * statistics.median(sizes)
     rows = [{"input_ids": range(size), "labels": []} for size in sizes] * 12  # some 5,000
     budget = run.OURS["long"][0][1] * 2**30
-    tokens = memory_estimate.plan(memory_estimate.GEMMA_3_4B, 4, 16, budget, 128, max(sizes)).tokens
+    tokens = memory_estimate.plans(memory_estimate.GEMMA_3_4B, 4, 16, budget, 128, max(sizes))[0].tokens
     order = train_qlora.steps_of(1, range(len(rows)))
     alone = SimpleNamespace(num_processes=1, process_index=0)
     packs = [pack for step in order for pack in cuda_graphs.cut([rows[i] for i in step], tokens, alone)[0]]

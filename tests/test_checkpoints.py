@@ -257,10 +257,10 @@ def test_stopped_three_times_over_it_ends_with_the_same_adapter(arguments, whole
 def test_an_evaluation_is_broken_off_and_made_up_for(arguments, monkeypatch, tmp_path):
     real = train_qlora.losses_and_guesses
 
-    def ask_while_evaluating(model, batch):
+    def ask_while_evaluating(model, batch, *rest):
         if not model.training:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(model, batch)
+        return real(model, batch, *rest)
 
     real_evaluate = train_qlora.evaluate
     monkeypatch.setattr(train_qlora, "TOKENS_PER_MICRO_BATCH", 100)  # two micro-batches of validation rows
@@ -488,10 +488,10 @@ def memory_for(monkeypatch, tokens):
     """Has a micro-batch of more tokens run out of memory, as torch says it."""
     real = train_qlora.losses_and_guesses
 
-    def limited(model, batch):
+    def limited(model, batch, *rest):
         if batch[0].numel() > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return real(model, batch)
+        return real(model, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_qlora, "losses_and_guesses", limited)
@@ -530,11 +530,11 @@ def test_the_gradient_of_a_step_done_again_is_not_added_twice(
     want = gradient(model)
     real, calls = train_qlora.losses_and_guesses, []
 
-    def second_is_too_much(model, batch):
+    def second_is_too_much(model, batch, *rest):
         calls.append(batch[0].shape)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(model, batch)
+        return real(model, batch, *rest)
 
     monkeypatch.setattr(train_qlora, "losses_and_guesses", second_is_too_much)
 

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import batches
 import cuda_graphs
+import memory_estimate
 import train_qlora
 
 
@@ -117,3 +118,19 @@ def test_long_rows_and_other_processes_rows(tiny_text_model, examples):
         assert all(batches.tokens_in(pack) <= 100 for pack in packs)
         both += [e for pack in packs for e in pack] + long
     assert sorted(map(id, both)) == sorted(map(id, examples))
+
+
+def test_the_quickest_plan_is_that_of_the_fewest_launches():
+    d = memory_estimate.GEMMA_3_4B
+
+    def planned(gib, steps, bits=4):
+        plans = memory_estimate.plans(d, bits, 16, gib * 2**30, 128, max(map(max, steps)))
+        return cuda_graphs.quickest(plans, steps, bits, CPU)
+
+    mixed = [list(range(60, 200, 9))] * 4
+    assert planned(20, mixed).tokens > 199
+    for gib in (4.0, 4.1, 4.5, 4.9):  # graphs beside which each longer row would go alone
+        assert planned(gib, mixed).tokens == 0
+    seconds = [cuda_graphs.seconds(planned(gib / 50, mixed), mixed, 4, CPU) for gib in range(180, 500)]
+    assert seconds == sorted(seconds, reverse=True)  # more memory, never slower
+    assert 0 < planned(4.7, [[30] * 16] * 9 + [[30] * 15 + [220]]).tokens < 220  # one long row

@@ -525,7 +525,7 @@ def test_rows_decided_right_are_counted_as_a_reader_would(monkeypatch):
     ]
     guesses = {id(e): guess for e, (_, guess, *_) in zip(examples, rows, strict=True)}
 
-    def fake(model, batch):
+    def fake(model, batch, at_once):
         labels = batch[2]
         flat = [
             g
@@ -662,7 +662,7 @@ def test_what_fits_the_memory_is_said_and_what_does_not_is_refused(monkeypatch, 
 
     def plan(memory, longest, bits=4):
         args = SimpleNamespace(memory=memory, bits=bits)
-        return train_qlora.plan_memory(args, tmp_path, longest, 128)
+        return train_qlora.plan_memory(args, tmp_path, [[20] * 8, [20] * 7 + [longest]], longest, 128, CPU)
 
     assert plan(12, 49).tokens > plan(6, 49).tokens > 49
     assert shares == [0.5, 0.25]
