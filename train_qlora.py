@@ -57,6 +57,7 @@ EXPLODED = 1.5  # ours: a loss so many times that of guessing evenly, or of the 
 # What decides memory and speed, and changes no result.
 TOKENS_PER_MICRO_BATCH = 2048  # rows × longest row; halved where the GPU's memory is full
 CACHED_ROWS = 10_000  # so many take some seconds to tokenise; fewer are not worth a file
+TOKENS_EVALUATED = 256  # at least, at a time in an evaluation: without a gradient they take little memory
 LOGITS_AT_ONCE = 128  # trained tokens, with checkpointing; 262,208 logits each, the largest tensor of all
 
 # What differs in the rehearsal, and why.
@@ -566,7 +567,8 @@ def train(
     add, sizes, less = plain, partial(padded_sizes, state=state), 1 / 2
     evaluated_at_once = None
     if plan:
-        tokens = tokens_evaluated = plan.tokens or plan.checkpointed
+        tokens = plan.tokens or plan.checkpointed
+        tokens_evaluated = max(tokens, TOKENS_EVALUATED)
     if plan and plan.tokens:
         evaluated_at_once = memory_estimate.evaluated_at_once(plan.tokens, LOGITS_AT_ONCE)
         less = 7 / 8  # the plan may be wrong by so much
