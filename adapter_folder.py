@@ -190,7 +190,8 @@ def read_settings(folder):
         raise RunError(f"{folder} is not there; train an adapter first: python train_qlora.py")
     if not is_finished(folder):
         if checkpoints.places(folder):
-            raise RunError(f"{folder} holds an unfinished run; go on: python train_qlora.py --resume")
+            resume = f"python train_qlora.py --output {folder} --resume"
+            raise RunError(f"{folder} holds an unfinished run; go on: {resume}")
         raise RunError(f"{folder} holds no adapter ({CONFIG} is missing); {AGAIN}")
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
@@ -274,4 +275,5 @@ def check_weights(folder, base, revision):
             if not tensor.isfinite().all():
                 raise RunError(f"{damaged}: {name} is not finite; {AGAIN}")
             if "lora_B" in name and not tensor.any():
-                raise RunError(f"{damaged}: {name} is all zeros, nothing was learned there; {AGAIN}")
+                cure = f"take a later checkpoint, or {AGAIN}"
+                raise RunError(f"{folder}: {name} is all zeros, nothing was learned there; {cure}")

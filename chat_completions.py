@@ -89,6 +89,8 @@ def parse(body):
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, fault["loc"]))
+        if place.startswith("stop"):  # of two types, and pydantic tells of the first alone
+            place, fault["msg"] = "stop", "a string, or up to 4, none of them empty"
         text = chat_rows.printable(f"{place}: {fault['msg']}" if place else fault["msg"], 200)
         raise refusal(400, text, param=place.split(".")[0] or None) from None
 

@@ -303,9 +303,9 @@ def _stray(known, waiting, answered):
 
 def _unanswered(waiting):
     if None in waiting:
-        return 'a call before it has neither "id" nor result; give it both, or end the row with the call'
+        return 'a call before it has neither "id" nor result; give it both, or end with the call'
     shown = printable(waiting[0])
-    return f'the call "{shown}" has no result; put a "tool" message before it, or end the row with the call'
+    return f'the call "{shown}" has no result; put a "tool" message before it, or end with the call'
 
 
 def _message_faults(message, names, strict):
@@ -334,7 +334,7 @@ def _message_faults(message, names, strict):
     if isinstance(content, list) and content:
         for part in content:
             if not (isinstance(part, dict) and set(part) == {"type", "text"} and part["type"] == "text"):
-                yield 'a part of the content is not {"type": "text", "text": …}; only text can be trained'
+                yield 'a part of the content is not {"type": "text", "text": …}; only text can be read'
                 return
             if not isinstance(part["text"], str):
                 yield f'the "text" of a part is {_kind(part["text"])}; write a string'
@@ -344,7 +344,7 @@ def _message_faults(message, names, strict):
         return
     text = text_of(message)
     if not text.strip() and not calls and role != "tool":
-        yield "the content is empty; write the text, or take the row out"
+        yield "the content is empty; write the text, or leave it out"
     for token in CONTROL_TOKENS:
         if token in text and role != "tool":  # in a result it is escaped
             yield f"the content holds {token}, which the model reads as a control token; take it out"

@@ -56,7 +56,7 @@ TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa
 # Training's seconds, measured with an H100 (torch 2.11), 40 steps of 16 short rows, by number of bits. A
 # micro-batch is some ten thousand small kernels, whatever it holds, and 4 operations a weight and token: 2
 # forward, and 2 in the backward pass, which needs no gradient of the base's weights.
-START = {4: 19, 8: 23}  # imports and loading
+START = {4: 21, 8: 29}  # imports and loading, between what two hosts took
 EPOCH = 0.6  # an evaluation and a checkpoint
 BUSY = {4: 0.3, 8: 0.15}  # of the published figure is what a card then does of these operations
 # Published dense bf16 tera-operations a second, and GiB; the T4 computes in fp32, having no bf16.
@@ -206,7 +206,7 @@ def spelt_alike(one, other):
 
 def warn_of_balance(rows):
     """Yields a warning where fewer than a third of the rows have a call, or have none."""
-    calls = sum(train_qlora.is_call(row["messages"]) for _, row in rows)
+    calls = sum(train_qlora.has_call(row["messages"]) for _, row in rows)
     if min(calls, len(rows) - calls) < MINORITY * len(rows):
         few, teaches = ("with", "never call") if calls < len(rows) / 2 else ("without", "always call")
         share = f"{min(calls, len(rows) - calls)} of {len(rows)} rows are {few} a call"
@@ -290,7 +290,7 @@ def show_labels(rows, tokenizer):
     for line, row in rows:
         tokens = pieces(row, tokenizer)
         trained = sum(t for _, t, _ in tokens)
-        kind = "a call" if train_qlora.is_call(row["messages"]) else "general"
+        kind = "a call" if train_qlora.has_call(row["messages"]) else "general"
         print(f"\nline {line}: {kind}, {len(tokens)} tokens, {trained} trained")
         text, before = "", False
         for piece, learned, special in tokens:
@@ -365,8 +365,9 @@ def show_plan(numbers, counts):
         end="",
     )
     print(f"warm-up {n['warmup']}, then a cosine")
-    print(f"evaluation {times} times, once an epoch, the best one's adapter is written at the end;")
-    print("           a checkpoint each time, and at Ctrl-C: --resume goes on from there")
+    kept = f"{times} times, once an epoch, the best one's" if times else "none, the last step's"
+    print(f"evaluation {kept} adapter is written at the end;")
+    print("           a checkpoint each epoch, and at Ctrl-C: --resume goes on from there")
 
 
 def seconds(d, numbers, bits, card):
@@ -397,7 +398,7 @@ def show_cost(d, numbers, price):
         for bits in (4, 8):
             total = seconds(d, numbers, bits, card)
             cells.append(f"{bits} bits {total:>6.0f} s {total * price / 3600:>7.2f}")
-        how = "measured" if card == MEASURED_ON else "scaled"
+        how = "from measurements" if card == MEASURED_ON else "scaled"
         print(f"           {card:<9} {'   '.join(cells)}   {how}")
 
 
@@ -492,7 +493,7 @@ def run(args):
 
     asking = threading.Thread(target=ask, daemon=True)  # the hub is asked while the rows are looked at
     asking.start()
-    calls = sum(train_qlora.is_call(row["messages"]) for _, row in rows)
+    calls = sum(train_qlora.has_call(row["messages"]) for _, row in rows)
     print(
         f"rows       {len(rows)} of {args.data}: {calls} with a call, {len(rows) - calls} without", flush=True
     )
@@ -549,7 +550,7 @@ def write_page(path, data, rows, found, tokenizer):
     page = (
         {
             "line": line,
-            "call": train_qlora.is_call(row["messages"]),
+            "call": train_qlora.has_call(row["messages"]),
             "pieces": pieces(row, tokenizer),
             "warnings": told[line],
         }

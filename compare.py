@@ -391,6 +391,8 @@ def questions(args):
     rows = chat_rows.read(args.data)
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise RunError(f"{args.json} cannot be written: its folder is not there; make it first")
+    if args.json and Path(args.json).is_dir():
+        raise RunError(f"{args.json} is a folder; name a file in it")
     conversations = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
     conversations += [row["messages"][:-1] for _, row in rows]
     expected = [CALL if need else None for _, need in PROBES]
@@ -473,11 +475,15 @@ def run(args):
         "seconds": seconds,
         "peak_memory_gib": memory,
     }
-    for path in filter(None, [Path(args.adapter, adapter_folder.COMPARISON), args.json]):
-        whole_files.write_json(path, report)
     print(f"\nmemory     {machine.told(memory)}")
     print(f"time       {seconds['loading']} s imports and loading, {seconds['answering']} s answering")
-    if verdict("tuned", report):
+    failed = verdict("tuned", report)
+    if args.json:
+        whole_files.write_json(args.json, report)
+    whole_files.write_json(
+        Path(args.adapter, adapter_folder.COMPARISON), report, "have it and its folder writable"
+    )
+    if failed:
         return 1
     adapter = "" if args.adapter == train_qlora.OUTPUT_DIR else f" --adapter {args.adapter}"
     print(f"next       python merge.py{adapter}")
@@ -507,13 +513,14 @@ def run_endpoint(args):
         "calls": {"parsed": parsed, "text": tagged},
         "seconds": {"answering": seconds},
     }
-    if args.json:
-        whole_files.write_json(args.json, report)
     print(f"\ncalls      {parsed} came as tool_calls, {tagged} as tags in the text")
     if refusal:
         show(f"asked without: it takes none ({refusal})", "tools      ", " " * 11)
     print(f"time       {seconds} s answering")
-    return verdict("the endpoint", report)
+    failed = verdict("the endpoint", report)
+    if args.json:
+        whole_files.write_json(args.json, report)
+    return failed
 
 
 def verdict(who, report):

@@ -416,6 +416,7 @@ def convert(gguf, folder):
         eos_token_id=SPECIAL_TOKENS["<eos>"],
         bos_token_id=SPECIAL_TOKENS["<bos>"],
     ).save_pretrained(folder)
+    whole_files.open_up(folder)
 
     generation = {
         "do_sample": False,

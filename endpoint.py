@@ -164,6 +164,8 @@ def _failure(url, response, reason, path):
         return RunError(f"{url} has moved ({status}); name the address that it moved to")
     said = f"{status}: {reason}"
     other = ", or name its model with --model" if path == "models" else ""  # not every server lists them
+    if status == 404 and path != "models" and "model" in reason.lower():
+        return RunError(f"{url} refuses ({said}); name a model that it has with --model")
     if status in (404, 405):
         cure = "end its address in /v1" + (other or ", and name a model that it has")
         return RunError(f"{url} has no /{path} ({said}); {cure}")

@@ -3,6 +3,7 @@
 import html
 import os
 import unicodedata
+from contextlib import suppress
 
 HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -152,13 +153,19 @@ def write(path, title, rows):
     "warnings": [text, …]}; one row at a time is held in memory.
     """
     count = tokens = trained = 0
-    with open(f"{path}.part", "w", encoding="utf-8", newline="\n") as file:
-        file.write(HEAD.replace("{title}", escape(title)))
-        for row in rows:
-            file.write(article(row))
-            count += 1
-            tokens += len(row["pieces"])
-            trained += trained_tokens(row)
-        totals = f"{count:,} rows, {tokens:,} tokens, {trained:,} trained tokens"
-        file.write(TAIL.replace("{totals}", totals).replace("{rows}", f"{count:,}"))
-    os.replace(f"{path}.part", path)
+    part = f"{path}.part"
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n") as file:
+            file.write(HEAD.replace("{title}", escape(title)))
+            for row in rows:
+                file.write(article(row))
+                count += 1
+                tokens += len(row["pieces"])
+                trained += trained_tokens(row)
+            totals = f"{count:,} rows, {tokens:,} tokens, {trained:,} trained tokens"
+            file.write(TAIL.replace("{totals}", totals).replace("{rows}", f"{count:,}"))
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(part)
+        raise

@@ -236,6 +236,7 @@ def copy_files(base, merged):
 
 def move(aside, output):
     """Moves a finished folder into place; what was there is removed after that."""
+    whole_files.open_up(aside)
     whole_files.sync(aside)
     earlier = output.with_name(output.name + ".old")
     if output.exists():

@@ -83,7 +83,13 @@ def load_data(data_path):
 
 
 def is_call(messages):
+    """Whether a row's last answer is a call: what it is held out and judged by."""
     return CALL_START in messages[-1]["content"]
+
+
+def has_call(messages):
+    """Whether a row teaches a call, in any of its answers."""
+    return any(CALL_START in m["content"] for m in messages if m["role"] == "assistant")
 
 
 def fingerprints(messages):
@@ -751,6 +757,7 @@ def run(args):
             adapter_folder.clear(args.output)
         if args.resume and adapter_folder.is_finished(args.output):
             say(f"finished   the run in {args.output} is done: there is nothing to resume")
+            args.bits = adapter_folder.read_settings(args.output)[1].get("bits", args.bits)
             say(f"next       {next_command(args)}")
             return
         try:
@@ -779,7 +786,8 @@ def tune(args, rows):
     dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else machine.gpu_dtype()
     state = PartialState(cpu=args.rehearse)
     machine.check_product(args.bits, state.device, dtype)
-    say(f"rows       {len(rows)} of {args.data}: {sum(calls)} with a call, {len(rows) - sum(calls)} without")
+    teaching = sum(has_call(row["messages"]) for row in rows)
+    say(f"rows       {len(rows)} of {args.data}: {teaching} with a call, {len(rows) - teaching} without")
     for mark, text in machine.check_memory():
         if mark == "✗":
             say(f"warning    {text}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +24,12 @@ def sync(path):
     for child in path.iterdir() if path.is_dir() else ():
         sync(child)
     flush(path)
+
+
+def open_up(folder):
+    """Gives weights the rights of config.json: safetensors 0.8 lets none but their owner read them."""
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)
 
 
 def flush(path):
@@ -49,15 +56,17 @@ def rename(source, target):
     flush(target.absolute().parent)
 
 
-def write_json(path, value):
-    """Writes a JSON file aside and renames it into place; raises RunError if it cannot be written."""
+def write_json(path, value, cure="name another file"):
+    """Writes a JSON file aside and renames it into place; raises RunError with the cure if it cannot."""
     path = Path(path)
     try:
         aside(path).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         sync(aside(path))
         aside(path).replace(path)
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); name another file") from error
+        with suppress(OSError):
+            aside(path).unlink()
+        raise RunError(f"{path} cannot be written ({error.strerror}); {cure}") from error
 
 
 def check_parent(output):

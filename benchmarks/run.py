@@ -6,7 +6,7 @@
 
 Makes a random model of the 4B dimensions unless --model names one, trains it as this project, TRL (if it is
 installed) and Unsloth (if --unsloth names the Python of its environment) do, and writes benchmarks/results.md
-or, with --long, benchmarks/results_long.md. A peer runs at the settings found fastest for it.
+or, with --long, benchmarks/results_long.md. A peer runs at settings of its own, which are named.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import train_qlora  # noqa: E402
 
 # Bits, and what of the GPU's memory may be reserved (GiB), of the shipped rows and of long ones.
 OURS = {"short": [(4, 20), (4, 8), (4, 5), (4, 3.8), (8, 20)], "long": [(4, 20)]}
-# What a peer is run with, on top of our recipe: the settings found fastest for it in so much memory.
+# What a peer is run with, on top of our recipe: what is fast for it, and on long rows the fastest found.
 PEERS = {
     "short": {
         "TRL, 16×1, checkpointing": ("trl", {"gradient_checkpointing": True}),
@@ -268,7 +268,7 @@ def main():
         "--data", default=ROOT / "examples.json", help="chat rows (default: the shipped ones)"
     )
     parser.add_argument("--epochs", type=int, default=train_qlora.EPOCHS, help="(default: %(default)s)")
-    parser.add_argument("--results", help="file for the table (default: benchmarks/results.md)")
+    parser.add_argument("--results", help="file for the table (default: on a GPU one beside this script)")
     parser.add_argument("--unsloth", metavar="PYTHON", help="of an environment with Unsloth (default: none)")
     parser.add_argument("--long", type=int, metavar="ROWS", help="train on so many long-tailed rows instead")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -280,6 +280,8 @@ def main():
     if args.peer:
         peer(args)
         return
+    if args.results and not Path(args.results).absolute().parent.is_dir():
+        parser.error(f"the folder of {args.results} is not there; make it first")
 
     import torch
 
@@ -314,14 +316,17 @@ def main():
                 results.append((title, bits, run_peer(pythons[name], folder, *case)))
     failed = [name for name, _, result in results if result is None]
     results = [one for one in results if one[2]]
-    steps = len(results[0][2]["step_seconds"]) if results else 0
+    if not results:
+        sys.exit(1)
+    steps = len(results[0][2]["step_seconds"])
     device = machine.device_name(torch.device("cuda:0" if gpu else "cpu"))
     lines = [f"# {steps} steps of {train_qlora.ROWS_PER_STEP} rows on {device}", ""]
     lines += [*made_of(results), "", *table(results, args.epochs), ""]
-    path = args.results or ROOT / "benchmarks" / ("results_long.md" if args.long else "results.md")
-    Path(path).write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
-    print(f"written to {path}")
+    path = args.results or ROOT / "benchmarks" / ("results_long.md" if args.long else "results.md")
+    if args.results or gpu:
+        Path(path).write_text("\n".join(lines), encoding="utf-8")
+        print(f"written to {path}")
     sys.exit(bool(failed))
 
 

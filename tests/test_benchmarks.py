@@ -36,6 +36,17 @@ def test_on_a_cpu_it_trains_and_writes_its_table(tiny_text_model, few_rows, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["results.md"]
 
 
+def test_without_a_result_nothing_is_written(few_rows, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/run.py", "--model", "none", "--data", few_rows]
+    for results, code in ((tmp_path / "results.md", 1), (tmp_path / "no/results.md", 2)):
+        result = subprocess.run(
+            [*command, "--results", results], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert result.returncode == code
+        assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_seconds_ratios_and_rates_are_those_of_the_steps():
     def result(first, other, trained):
         return {

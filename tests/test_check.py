@@ -152,6 +152,11 @@ def test_rows_of_one_kind_are_told(calls, general, few):
     assert [text[: len(few or "")] for text in found] == ([few] if few else [])
 
 
+def test_a_row_with_a_call_before_its_last_answer_is_one_with_a_call():
+    rows = [row("Привет", "Да.") for _ in range(5)] + [row("Баланс", CALL, "5", "Пять.") for _ in range(5)]
+    assert not [kind for _, kind, _ in check.warnings(list(enumerate(rows, 1))) if kind == "balance"]
+
+
 def test_near_duplicates_are_those_of_all_pairs():
     chance = random.Random(0)
     words = "мой счёт карта баланс вклад кредит лимит заказ долг покажи сколько какой"
@@ -306,8 +311,8 @@ def test_the_time_is_near_what_was_measured_and_grows_with_the_rows_and_on_small
     def seconds(bits, card, **other):
         return check.seconds(memory_estimate.GEMMA_3_4B, numbers | other, bits, card)
 
-    assert seconds(4, "H100") == pytest.approx(28.7, rel=0.1)  # whole commands, 40 steps
-    assert seconds(8, "H100") == pytest.approx(33.4, rel=0.1)
+    assert 28.6 < seconds(4, "H100") < 34.2  # whole commands of 40 steps, on two hosts
+    assert 33.4 < seconds(8, "H100") < 44.0
     more = seconds(4, "H100", epoch=[[38] * 16] * 40)
     assert 10 < more - seconds(4, "H100") < 60
     assert seconds(4, "T4") > seconds(4, "RTX 3090") > seconds(4, "L4") > seconds(4, "H100")

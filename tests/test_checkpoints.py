@@ -325,6 +325,7 @@ def test_nothing_to_resume_and_a_finished_run_are_said(arguments, whole, tmp_pat
     assert code == 0
     assert out.startswith("finished   the run in qlora_output is done: there is nothing to resume\nnext  ")
     assert weights(whole) == before
+    assert "--bits 4" in resumed(arguments, whole.parent, "--bits", "8")[1]  # what it was trained in
 
 
 def test_an_unfinished_run_is_not_overwritten_unasked(arguments, stopped, whole):

@@ -388,5 +388,7 @@ def test_what_a_user_can_mend_is_one_line_and_exit_2(tmp_path):
     result = command("--data", "none.json", folder=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("none.json:1: cannot be read")
-    result = command("--json", "no/report.json", folder=tmp_path)
-    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    for report in ("no/report.json", "."):
+        result = command("--json", report, folder=tmp_path)
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+        assert "folder" in result.stderr

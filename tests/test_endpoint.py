@@ -278,6 +278,10 @@ FAILURES = {
         "probe 1: {url} has no /chat/completions (404: no); "
         "end its address in /v1, and name a model that it has",
     ),
+    "a model of another name": (
+        [LISTED, (404, {}, b'{"error": {"message": "The model `x` does not exist."}}')],
+        "probe 1: {url} refuses (404: The model `x` does not exist.); name a model that it has with --model",
+    ),
     "short context": (
         [LISTED, SHORT, SHORT],
         "probe 1: {url} refuses (400: maximum context length is 64); "

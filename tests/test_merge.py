@@ -112,6 +112,8 @@ def test_what_belongs_to_a_model_goes_along(tiny_model, merged):
     for fact in ("license: gemma", "ab" * 32, "in 4 bits, step 36 of 40", "lora_r 16", "torch 2.13.0"):
         assert fact in card
     assert "secret.json" not in card
+    for weights in merged.glob("*.safetensors"):  # a server run by another user reads them
+        assert weights.stat().st_mode == (merged / "config.json").stat().st_mode
     assert sorted(p.name for p in merged.parent.iterdir()) == ["tiny-merged"]
 
 
