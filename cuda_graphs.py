@@ -312,11 +312,23 @@ def capture(work, pool=None):
     return graph, result
 
 
-def make_runner(model, packs, pad_id, device, logits_at_once):
+def check_room(size, device):
+    """Raises torch.OutOfMemoryError if the GPU has not so many bytes left.
+
+    A capture must not be what finds out: torch never frees the memory of one that failed (PyTorch #190308).
+    """
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.empty(int(size), dtype=torch.uint8, device=device)
+    torch.cuda.empty_cache()
+
+
+def make_runner(model, packs, pad_id, device, logits_at_once, plan):
     """Returns run(pack, total): adds the gradient of a pack's summed loss / total, and returns that loss.
 
-    packs: [(tokens, trained tokens), …] of all that the run is going to give. The weights have gradients that
-    stay in their place.
+    packs: [(tokens, trained tokens), …] of all that the run is going to give; plan: a memory_estimate.Plan,
+    which tells what they take. The weights have gradients that stay in their place.
     """
     import torch
 
@@ -349,7 +361,9 @@ def make_runner(model, packs, pad_id, device, logits_at_once):
             return compute(batch, scale)
         if not graphs:
             warm_up(batch)
-        if length not in graphs:
+        if length not in graphs:  # they share their memory
+            more = plan.kept * max(0, length - max(graphs, default=0))
+            check_room(more if graphs else more + plan.logits, device)
             graph, loss = capture(partial(compute, batch, scale), pool)
             graphs[length] = graph, batch, scale, loss
         graph, static, static_scale, loss = graphs[length]
@@ -411,7 +425,7 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
         if tokens not in runners:
             packs = [p for numbers in ahead for p in cut([rows[i] for i in numbers], tokens, state)[0]]
             packs = [(batches.tokens_in(p), batches.trained_tokens(p)) for p in packs]
-            runners[tokens] = make_runner(model, packs, pad_id, state.device, logits_at_once)
+            runners[tokens] = make_runner(model, packs, pad_id, state.device, logits_at_once, plan)
         return runners[tokens]
 
     def again(tokens):

@@ -910,7 +910,7 @@ def plan_memory(args, folder, epoch, longest, trained, state):
     d = memory_estimate.dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
     sizes = min(LOGITS_AT_ONCE, trained), longest
     plans = memory_estimate.plans(d, args.bits, LORA_R, budget, *sizes)
-    if max(max(plan) for plan in plans) < longest:
+    if max(plans[0].tokens, plans[0].checkpointed) < longest:
         least = memory_estimate.least(d, args.bits, LORA_R, *reversed(sizes))
         needed = f"{args.bits} bits and a row of {longest} tokens take {least / 2**30:.1f}"
         cure = "name more with --memory" if args.memory else "close what else runs on it (nvidia-smi)"
