@@ -363,7 +363,7 @@ def make_runner(model, packs, pad_id, device, logits_at_once, plan):
             warm_up(batch)
         if length not in graphs:  # they share their memory
             more = plan.kept * max(0, length - max(graphs, default=0))
-            check_room(more if graphs else more + plan.logits, device)
+            check_room(more if graphs else more + plan.logits * min(slots, logits_at_once), device)
             graph, loss = capture(partial(compute, batch, scale), pool)
             graphs[length] = graph, batch, scale, loss
         graph, static, static_scale, loss = graphs[length]

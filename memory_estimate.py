@@ -87,7 +87,7 @@ def evaluated_at_once(tokens, trained_at_once):
 class Plan(NamedTuple):
     """How many tokens a micro-batch may have: that keeps all activations, and with layers checkpointed.
 
-    kept, logits: the bytes that a graph has for each of its tokens, and for its logits.
+    kept, logits: the bytes that a graph has for one of its tokens, and for the logits of a trained one.
     """
 
     tokens: int
@@ -116,11 +116,10 @@ def plans(d, bits, rank, budget, trained_at_once, longest):
     checkpointed = int(min(MOST, max(0, checkpointed)))
     tokens = graphs(budget - BESIDE - fixed(d, bits, rank), 1)
     if tokens >= longest:
-        return [Plan(tokens, checkpointed, kept, logit * trained_at_once)]
+        return [Plan(tokens, checkpointed, kept, logit)]
     # A row that no graph takes has all that it needs beside them, and so has an evaluation.
     tokens = graphs(budget - BESIDE - least(d, bits, rank, longest, trained_at_once), 0)
-    mixed = Plan(tokens, longest, kept, logit * trained_at_once)
-    return [Plan(0, checkpointed), *([mixed] if tokens else [])]
+    return [Plan(0, checkpointed), *([Plan(tokens, longest, kept, logit)] if tokens else [])]
 
 
 def least(d, bits, rank, tokens, trained_at_once):
