@@ -58,7 +58,7 @@ TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa
 # forward, and 2 in the backward pass, which needs no gradient of the base's weights.
 START = {4: 21, 8: 29}  # imports and loading, between what two hosts took
 EPOCH = 0.6  # an evaluation and a checkpoint
-BUSY = {4: 0.3, 8: 0.15}  # of the published figure is what a card then does of these operations
+BUSY = {4: 0.17, 8: 0.15}  # of the published figure is what a card then does of these operations
 # Published dense bf16 tera-operations a second, and GiB; the T4 computes in fp32, having no bf16.
 PUBLISHED = {"H100": (989, 80), "A100": (312, 40), "RTX 4090": (165, 24), "L4": (121, 24)}
 PUBLISHED |= {"A10": (125, 24), "RTX 3090": (71, 24), "T4": (8.1, 16)}

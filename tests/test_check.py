@@ -313,6 +313,9 @@ def test_the_time_is_near_what_was_measured_and_grows_with_the_rows_and_on_small
 
     assert 28.6 < seconds(4, "H100") < 34.2  # whole commands of 40 steps, on two hosts
     assert 33.4 < seconds(8, "H100") < 44.0
+    thousands = {"epoch": [list(range(20, 660, 40))] * 282, "longest": 2000}
+    epoch = (seconds(4, "H100", **thousands) - seconds(4, "H100", epoch=[], longest=2000)) / 10
+    assert epoch == pytest.approx(134, rel=0.15)  # 282 steps of rows of 320 tokens in the mean, measured
     more = seconds(4, "H100", epoch=[[38] * 16] * 40)
     assert 10 < more - seconds(4, "H100") < 60
     assert seconds(4, "T4") > seconds(4, "RTX 3090") > seconds(4, "L4") > seconds(4, "H100")
