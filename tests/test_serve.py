@@ -426,6 +426,7 @@ BAD = [
     ({"messages": [USER], "top_p": 0}, 400, "top_p: ", "top_p"),
     ({"messages": [USER], "seed": 2**63}, 400, "seed: ", "seed"),
     ({"messages": [USER], "stop": ["a"] * 5}, 400, "stop: a string, or up to 4", "stop"),
+    ({"messages": [USER], "stop": ""}, 400, "stop: a string, or up to 4, none of them empty", "stop"),
     ({"messages": [USER], "stop": [""]}, 400, "stop: a string, or up to 4, none of them empty", "stop"),
     ({"messages": [USER], "max_tokens": 0}, 400, "max_tokens: ", "max_tokens"),
     ({"messages": [USER], "max_completion_tokens": -1}, 400, "max_completion", "max_completion_tokens"),
