@@ -1,6 +1,7 @@
 """The folder that training leaves: adapter, tokenizer, run.json, loss.png; written whole, read with doubt."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -190,7 +191,7 @@ def read_settings(folder):
         raise RunError(f"{folder} is not there; train an adapter first: python train_qlora.py")
     if not is_finished(folder):
         if checkpoints.places(folder):
-            resume = f"python train_qlora.py --output {folder} --resume"
+            resume = f"python train_qlora.py --output {shlex.quote(str(folder))} --resume"
             raise RunError(f"{folder} holds an unfinished run; go on: {resume}")
         raise RunError(f"{folder} holds no adapter ({CONFIG} is missing); {AGAIN}")
     config = read_json(folder / CONFIG)

@@ -32,7 +32,6 @@ def decode(model, input_ids, attention_mask, new, ends, on_step):
 
     rows, prompt = input_ids.shape
     decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device
-    dtype, window = head.weight.dtype, model.config.get_text_config().sliding_window
     cache = Cache(layers=[StaticLayer(prompt + new) for _ in decoder.layers])
     places = torch.arange(prompt + new, device=device)
     starts = prompt - attention_mask.sum(1)  # where a row's padding ends
@@ -44,12 +43,8 @@ def decode(model, input_ids, attention_mask, new, ends, on_step):
 
     def step(ids, asking):
         """Writes the token that follows ids, (rows, n), whose places are `asking`, (n,)."""
-        behind = asking[:, None] - places
-        seen = (places >= starts[:, None])[:, None] & (behind >= 0)
-        masks = {}
-        for kind, mask in (("full_attention", seen), ("sliding_attention", seen & (behind < window))):
-            added = torch.zeros(mask.shape, dtype=dtype, device=device)
-            masks[kind] = added.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+        own = (places >= starts[:, None])[:, None]
+        masks = cuda_graphs.attention_masks(model, own, asking[:, None] - places)
         positions = (asking - starts[:, None]).clamp(min=0)
         states = decoder(
             input_ids=ids, position_ids=positions, attention_mask=masks, past_key_values=cache

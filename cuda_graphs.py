@@ -113,20 +113,31 @@ def make_cross_entropy(at_once):
     return CrossEntropy.apply
 
 
+def attention_masks(model, own, behind):
+    """Returns what is added to the scores of attention, (rows, 1, asking, asked), by the kind of the layer.
+
+    own: (rows or 1, asking or 1, asked), whether a token is of the row that asks; behind: (asking, asked), by
+    how many places it is behind the one that asks.
+    """
+    import torch
+
+    dtype, window = model.get_input_embeddings().weight.dtype, model.config.get_text_config().sliding_window
+    seen, masks = own & (behind >= 0), {}
+    for kind, mask in (("full_attention", seen), ("sliding_attention", seen & (behind < window))):
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        masks[kind] = added.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+    return masks
+
+
 def packed_loss(model, batch, cross_entropy):
     """Returns the summed cross entropy of a packed micro-batch, given as `tensors` makes it."""
     import torch
 
     base = model.get_base_model()
-    dtype = base.get_input_embeddings().weight.dtype
-    documents, window = batch["documents"], model.config.get_text_config().sliding_window
+    documents = batch["documents"]
     place = torch.arange(len(documents), device=documents.device)
-    behind = place[:, None] - place[None, :]
-    seen = (documents[:, None] == documents[None, :]) & (behind >= 0)
-    masks = {}
-    for kind, mask in (("full_attention", seen), ("sliding_attention", seen & (behind < window))):
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        masks[kind] = added.masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
+    behind = place[:, None] - place
+    masks = attention_masks(model, (documents[:, None] == documents)[None], behind)
     ids, positions = batch["input_ids"][None], batch["positions"][None]
     decoder = base.get_decoder()
     hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=masks).last_hidden_state[0]

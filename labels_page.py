@@ -1,9 +1,9 @@
 """One HTML page that shows rows as the model will be trained on them, token by token; it loads nothing."""
 
 import html
-import os
 import unicodedata
-from contextlib import suppress
+
+import whole_files
 
 HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -147,25 +147,18 @@ def article(row):
 
 
 def write(path, title, rows):
-    """Writes the page aside and renames it into place; OSError passes, and an earlier page stays.
+    """Writes the page whole; OSError passes, and an earlier page stays.
 
     rows is any iterable of {"line": int, "call": bool, "pieces": [(text, trained, special), …] one per token,
     "warnings": [text, …]}; one row at a time is held in memory.
     """
     count = tokens = trained = 0
-    part = f"{path}.part"
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            file.write(HEAD.replace("{title}", escape(title)))
-            for row in rows:
-                file.write(article(row))
-                count += 1
-                tokens += len(row["pieces"])
-                trained += trained_tokens(row)
-            totals = f"{count:,} rows, {tokens:,} tokens, {trained:,} trained tokens"
-            file.write(TAIL.replace("{totals}", totals).replace("{rows}", f"{count:,}"))
-        os.replace(part, path)
-    except OSError:
-        with suppress(OSError):
-            os.unlink(part)
-        raise
+    with whole_files.written(path) as file:
+        file.write(HEAD.replace("{title}", escape(title)))
+        for row in rows:
+            file.write(article(row))
+            count += 1
+            tokens += len(row["pieces"])
+            trained += trained_tokens(row)
+        totals = f"{count:,} rows, {tokens:,} tokens, {trained:,} trained tokens"
+        file.write(TAIL.replace("{totals}", totals).replace("{rows}", f"{count:,}"))

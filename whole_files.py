@@ -56,16 +56,26 @@ def rename(source, target):
     flush(target.absolute().parent)
 
 
-def write_json(path, value, cure="name another file"):
-    """Writes a JSON file aside and renames it into place; raises RunError with the cure if it cannot."""
-    path = Path(path)
+@contextmanager
+def written(path):
+    """Gives a text file that becomes `path` once it is whole; OSError passes, and an earlier one stays."""
+    part = aside(Path(path))
     try:
-        aside(path).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        sync(aside(path))
-        aside(path).replace(path)
-    except OSError as error:
+        with open(part, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        sync(part)
+        part.replace(path)
+    finally:
         with suppress(OSError):
-            aside(path).unlink()
+            part.unlink(missing_ok=True)
+
+
+def write_json(path, value, cure="name another file"):
+    """Writes a JSON file whole; raises RunError with the cure if it cannot."""
+    try:
+        with written(path) as file:
+            file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}); {cure}") from error
 
 
