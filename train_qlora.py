@@ -908,10 +908,10 @@ def plan_memory(args, folder, epoch, longest, trained, state):
         there = f"{free / 2**30:.1f} GiB are free on this GPU"
         raise RunError(f"--memory {args.memory:g}: {there}; name less, or close what else runs (nvidia-smi)")
     d = memory_estimate.dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
-    sizes = min(LOGITS_AT_ONCE, trained), longest
-    plans = memory_estimate.plans(d, args.bits, LORA_R, budget, *sizes)
+    at_once = min(LOGITS_AT_ONCE, trained)
+    plans = memory_estimate.plans(d, args.bits, LORA_R, budget, at_once, longest)
     if max(plans[0].tokens, plans[0].checkpointed) < longest:
-        least = memory_estimate.least(d, args.bits, LORA_R, *reversed(sizes))
+        least = memory_estimate.least(d, args.bits, LORA_R, longest, at_once)
         needed = f"{args.bits} bits and a row of {longest} tokens take {least / 2**30:.1f}"
         cure = "name more with --memory" if args.memory else "close what else runs on it (nvidia-smi)"
         cure += f", take {'--bits 4, ' * (args.bits == 8)}shorter rows or a larger GPU"
