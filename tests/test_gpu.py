@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,15 +233,28 @@ def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monke
         with model.disable_adapter():
             return [answer.ids for answer in tuned + compare.answer(model, tokenizer, asked)]
 
+    def apart(number, one, other):
+        """How far apart the logits of the tokens are where two answers part, in deviations of all logits."""
+        place = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+        place = min(len(one), len(other)) if place is None else place
+        ids = compare.prompt_ids(tokenizer, asked[number % len(asked)]) + one[:place]
+        with torch.inference_mode(), nullcontext() if number < len(asked) else model.disable_adapter():
+            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].float()
+        ends = logits[compare.end_tokens(model)].max()
+        first, second = (logits[ids[place]] if place < len(ids) else ends for ids in (one, other))
+        return (abs(first - second) / logits.std()).item()
+
     graphs = answers()
     with monkeypatch.context() as patch:
         patch.setattr(cuda_graphs, "capture", lambda work: (SimpleNamespace(replay=work), None))
         assert answers() == graphs
     assert len({tuple(ids) for ids in graphs}) > 6
     monkeypatch.setattr(compare, "FAST_ON", None)
-    alike = sum(a == b for a, b in zip(graphs, answers(), strict=True))
-    print(f"{bits} bits: {alike} of {len(graphs)} answers are those of transformers")
-    assert alike > len(graphs) / 2  # bf16 rounds the products of other shapes otherwise
+    pairs = enumerate(zip(graphs, answers(), strict=True))
+    # bf16 rounds the products of other shapes otherwise, so of two tokens as likely either may come.
+    gaps = [apart(number, one, other) for number, (one, other) in pairs if one != other]
+    print(f"{bits} bits: {len(gaps)} of {len(graphs)} answers part from transformers', by {gaps}")
+    assert max(gaps, default=0) < 0.1
 
 
 @contextmanager
