@@ -219,17 +219,24 @@ def make_app(model, tokenizer, names, key, jobs):
     return app
 
 
-def make_server(app, jobs):
-    """Returns the uvicorn.Server of an app; when it is stopped, the requests in hand are broken off."""
+def make_server(app, jobs, on_start=lambda: None):
+    """Returns the uvicorn.Server of an app; when it is stopped, the requests in hand are broken off.
+
+    on_start() is called when it answers, and heeds signals.
+    """
     config = {"access_log": False, "log_level": "warning", "server_header": False, "lifespan": "off"}
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2 * BODY_SECONDS, **config))
+
+    async def startup(sockets=None):
+        await uvicorn.Server.startup(server, sockets)
+        on_start()
 
     async def shutdown(sockets=None):
         for job in jobs.values():
             job.pieces.put_nowait(refusal(503, "the server is stopping"))
         await uvicorn.Server.shutdown(server, sockets)
 
-    server.shutdown = shutdown
+    server.startup, server.shutdown = startup, shutdown
     return server
 
 
@@ -310,7 +317,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    whole_files.leave_on_signals()
+    whole_files.leave_on_signals("stopped")
     machine.outlive_the_terminal()
     try:
         run(args)
@@ -334,17 +341,20 @@ def run(args):
     with listen(args.host, args.port, key) as listening:
         print(f"loading    {args.adapter or args.model}")
         model, tokenizer, names = load(args)
+
+        def announce():
+            host, port = listening.getsockname()[:2]
+            place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            bits = f"in {args.bits} bits" if args.bits else "unquantised"
+            device = machine.device_name(model.device)
+            print(f"models     {', '.join(names)}: {args.adapter or args.model}, {bits}, on {device}")
+            print(f"API        {place}/v1, {f'with the key in {KEY}' if key else 'without a key'}")
+            print(f"page       {place}/ in a browser; Ctrl-C stops")
+
         jobs = {}
-        server = make_server(make_app(model, tokenizer, names, key, jobs), jobs)
+        server = make_server(make_app(model, tokenizer, names, key, jobs), jobs, announce)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             uvicorn.server.HANDLED_SIGNALS += (signal.SIGHUP,)  # or its handler would break off the loop
-        host, port = listening.getsockname()[:2]
-        place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        bits = f"in {args.bits} bits" if args.bits else "unquantised"
-        device = machine.device_name(model.device)
-        print(f"models     {', '.join(names)}: {args.adapter or args.model}, {bits}, on {device}")
-        print(f"API        {place}/v1, {f'with the key in {KEY}' if key else 'without a key'}")
-        print(f"page       {place}/ in a browser; Ctrl-C stops")
         server.run(sockets=[listening])
 
 

@@ -119,12 +119,12 @@ def only_writer(output):
         lock.release()
 
 
-def leave_on_signals():
+def leave_on_signals(told="stopped; the same command begins again, or goes on where it can"):
     """Has SIGTERM and a hang-up end the process like Ctrl-C: what was begun aside is cleared away."""
 
     def leave(number, _):
         with suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopped; the same command begins again, or goes on where it can\n")
+            os.write(2, f"\n{told}\n".encode())
         sys.exit(128 + number)
 
     for name in ("SIGTERM", "SIGHUP"):

@@ -888,8 +888,16 @@ def test_a_signal_during_requests_ends_it_cleanly(tiny_text_model, name, code):
         assert time.monotonic() - started < 10
         out, err = process.stdout.read(), process.stderr.read()
         assert len(err.strip().splitlines()) == 1
-        assert err.strip().startswith("stopped")
+        assert err.strip() == "stopped"
         assert "word" not in out + err
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_it_heeds_a_signal_as_soon_as_it_says_that_it_is_there(tiny_text_model, name, code):
+    with command("--model", tiny_text_model) as (process, _):
+        process.send_signal(getattr(signal, name))
+        assert process.wait(20) == code
+        assert process.stderr.read() == "\nstopped\n"
 
 
 def test_what_a_user_can_mend_is_one_line_and_exit_1(tmp_path):
