@@ -303,8 +303,10 @@ def test_a_signal_clears_away_what_was_begun(processes, tiny_text_model, tmp_pat
     while not (tmp_path / "out.part/README.md").exists():  # all is written
         assert process.is_alive()
         time.sleep(0.05)
-    os.kill(process.pid, number)
-    process.join(30)
+    for _ in range(2):  # one that comes as a file is opened, Python lost once in some 200 runs
+        if process.exitcode is None:
+            os.kill(process.pid, number)
+            process.join(15)
     assert process.exitcode == 128 + number
     assert [path.name for path in tmp_path.iterdir()] == ["qlora_output"]
 
