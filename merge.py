@@ -93,6 +93,12 @@ def top_two(model, tokenizer, conversation, answer):
     return [list(zip(*place, strict=True)) for place in zip(ids, values, strict=True)]
 
 
+def parting(one, other):
+    """Returns the place of the first token in which two lists differ, or where the shorter one ends."""
+    length = min(len(one), len(other))
+    return next((i for i in range(length) if one[i] != other[i]), length)
+
+
 def compare_answers(tokenizer, before, after, before_top, after_top):
     """Prints where the merged model gives other tokens than base + adapter; returns how many probes agree.
 
@@ -103,8 +109,7 @@ def compare_answers(tokenizer, before, after, before_top, after_top):
         if one == other:
             same += 1
             continue
-        length = min(len(one.ids), len(other.ids))
-        place = next((i for i in range(length) if one.ids[i] != other.ids[i]), length)
+        place = parting(one.ids, other.ids)
         tops = {"base + adapter": before_top[number][place], "merged": after_top[number][place]}
         print(f"           probe {number + 1} differs at token {place + 1}, by these logits:")
         for name, top in tops.items():

@@ -169,6 +169,13 @@ def other_writer(output):
         process.wait()
 
 
+@pytest.fixture(scope="module")
+def echo(tiny_text_model):
+    import echo_server
+
+    return echo_server.echo(tiny_text_model)
+
+
 @pytest.fixture(scope="module")  # it runs an event loop in this thread, which other tests want as well
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

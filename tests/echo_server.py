@@ -13,7 +13,10 @@ import torch
 
 import compare
 import serve
+from tool_call import write
 
+CALL = write("get_sensitive_data", {})
+ORDER = write("get_order", {"номер": 5, "note": 'a "b" <c>'})
 START, END = 105, 106  # of a turn
 
 

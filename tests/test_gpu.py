@@ -20,6 +20,7 @@ from conftest import tiny_tokenizer, write_tiny_adapter, write_tiny_model
 import adapter_folder
 import compare
 import cuda_graphs
+import merge
 from benchmarks import random_gemma_4b
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +65,6 @@ def start(folder, *arguments, before="pass", dropout=0.1, graphs=True, gpus=1):
 
     Without graphs it trains the plain way, as where there is no bf16.
     """
-    launch = [sys.executable, "-c"]
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, train_qlora\n"
@@ -78,6 +78,7 @@ def start(folder, *arguments, before="pass", dropout=0.1, graphs=True, gpus=1):
         "train_qlora.train = train\n"
         "train_qlora.main()\n"
     )
+    launch = [sys.executable, "-c"]
     if gpus > 1:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(gpus)]
         (folder / "script.py").write_text(script)
@@ -101,6 +102,11 @@ def finish(process):
 
 def run_json(path):
     return json.loads((path / "run.json").read_text())
+
+
+def apart(one, other):
+    """How far apart the losses of two runs are at most, of what they are."""
+    return max(abs(a - b) / a for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -177,15 +183,12 @@ def test_graphs_give_the_losses_of_their_kernels_launched_one_by_one_and_of_the_
     assert [finish(process)[0] for process in runs.values()] == [0, 0, 0]
     losses = {name: run_json(folder / f"{name}{bits}")["losses"] for name in runs}
     assert len(losses["graphs"]) == 40
-    apart = {
-        name: max(abs(a - b) / a for a, b in zip(losses["graphs"], losses[name], strict=True))
-        for name in losses
-    }
-    print(f"{bits} bits: losses of 40 steps, how far apart of what they are: {apart}")
-    assert apart["launched"] < 1e-6
+    found = {name: apart(losses["graphs"], losses[name]) for name in losses}
+    print(f"{bits} bits: losses of 40 steps, how far apart of what they are: {found}")
+    assert found["launched"] < 1e-6
     # Rows are padded, not packed: bf16 rounds otherwise. So does int8, and more: the plain way is as far from
     # itself with other micro-batches (Gemma 3 270M in fp32: 3.6e-3).
-    assert apart["plain"] < {4: 1e-3, 8: 5e-3}[bits]
+    assert found["plain"] < {4: 1e-3, 8: 5e-3}[bits]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
@@ -194,9 +197,8 @@ def test_two_gpus_give_the_losses_of_one(folder):
         assert finish(start(folder, "--output", f"on{gpus}", dropout=0.0, gpus=gpus))[0] == 0
     one, two = (run_json(folder / f"on{gpus}")["losses"] for gpus in (1, 2))
     assert len(two) == 40
-    apart = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
-    print(f"two GPUs: losses of 40 steps, how far apart of what they are: {apart}")
-    assert apart < 1e-3
+    print(f"two GPUs: losses of 40 steps, how far apart of what they are: {apart(one, two)}")
+    assert apart(one, two) < 1e-3
 
 
 @pytest.mark.parametrize(("bits", "gib"), [(4, 20), (4, 8), (4, 5), (4, 3.8), (8, 20), (8, 6)])
@@ -253,10 +255,9 @@ def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monke
         with model.disable_adapter():
             return [answer.ids for answer in tuned + compare.answer(model, tokenizer, asked)]
 
-    def apart(number, one, other):
+    def gap(number, one, other):
         """How far apart the logits of the tokens are where two answers part, in deviations of all logits."""
-        place = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-        place = min(len(one), len(other)) if place is None else place
+        place = merge.parting(one, other)
         ids = compare.prompt_ids(tokenizer, asked[number % len(asked)]) + one[:place]
         with torch.inference_mode(), nullcontext() if number < len(asked) else model.disable_adapter():
             logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].float()
@@ -272,7 +273,7 @@ def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monke
     monkeypatch.setattr(compare, "FAST_ON", None)
     pairs = enumerate(zip(graphs, answers(), strict=True))
     # bf16 rounds the products of other shapes otherwise, so of two tokens as likely either may come.
-    gaps = [apart(number, one, other) for number, (one, other) in pairs if one != other]
+    gaps = [gap(number, one, other) for number, (one, other) in pairs if one != other]
     print(f"{bits} bits: {len(gaps)} of {len(graphs)} answers part from transformers', by {gaps}")
     assert max(gaps, default=0) < 0.1
 

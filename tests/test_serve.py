@@ -15,13 +15,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import echo_server
 import httpx2
 import openai
 import pytest
 import torch
 from conftest import write_tiny_adapter
-from echo_server import END, eventually, serving
+from echo_server import CALL, END, ORDER, eventually, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,11 +28,9 @@ import chat_completions
 import compare
 import serve
 from machine import RunError
-from tool_call import Call, write
+from tool_call import Call
 
 ROOT = Path(__file__).resolve().parent.parent
-CALL = write("get_sensitive_data", {})
-ORDER = write("get_order", {"номер": 5, "note": 'a "b" <c>'})
 TOOLS = [{"type": "function", "function": {"name": "get_sensitive_data", "parameters": {"type": "object"}}}]
 JSON = {"Content-Type": "application/json"}
 
@@ -45,11 +42,6 @@ JSON = {"Content-Type": "application/json"}
 def plain(tiny_text_model):
     """(model, tokenizer) of random weights."""
     return compare.load_folder(tiny_text_model, "tiny", None)
-
-
-@pytest.fixture(scope="module")
-def echo(tiny_text_model):
-    return echo_server.echo(tiny_text_model)
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,13 @@
 import contextlib
 import time
 
-import echo_server
 import httpx2
 import pytest
 from conftest import contrast
-from echo_server import eventually, serving
+from echo_server import CALL, ORDER, eventually, serving
 
 import compare
 from tool_call import write
-
-CALL = write("get_sensitive_data", {})
-ORDER = write("get_order", {"номер": 5, "note": 'a "b" <c>'})
-
-
-@pytest.fixture(scope="module")
-def echo(tiny_text_model):
-    return echo_server.echo(tiny_text_model)
 
 
 @pytest.fixture(scope="module")
