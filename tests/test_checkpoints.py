@@ -446,7 +446,7 @@ def test_a_second_ctrl_c_leaves_at_once(arguments, tmp_path):
     script.write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "import train_qlora\n"
-        "def slow(*args):\n    print('in a step', flush=True); time.sleep(600)\n"
+        "def slow(*args):\n    print('in a step', flush=True)\n    while True: time.sleep(0.01)\n"
         "train_qlora.add_up = slow\ntrain_qlora.main()\n"
     )
     process = subprocess.Popen(
