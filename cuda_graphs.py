@@ -20,9 +20,6 @@ CAPTURE = 10_000  # tokens, computed in the time that a capture takes: what a fu
 # kernels launched one by one and its layers computed anew.
 KERNELS, LAUNCHING = {4: 0.04, 8: 0.055}, {4: 1.1, 8: 0.9}
 SELDOM = 1  # a run of so many micro-batches, or fewer, is worth no capture
-# cuDNN's attention saves 2e-8 to 4e-8 s by the square of a micro-batch's tokens (4B, H100, torch 2.11). It
-# takes 3.7 s to be compiled for the first step and the first evaluation: what a run has to make up for.
-COMPILING = 10**8
 PATTERN = 6  # layers: in Gemma 3 every sixth attends to all tokens, the others to those in a window
 
 
@@ -415,11 +412,6 @@ def quickest(plans, steps, bits, state):
     return min(plans, key=lambda plan: seconds(plan, steps, bits, state))
 
 
-def is_worth_compiling(packs):
-    """Whether packs, [(tokens, trained tokens), …] of a run, gain more by cuDNN's attention than it takes."""
-    return sum(tokens**2 for tokens, _ in packs) >= COMPILING
-
-
 def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
     """Returns (add, sizes): train_qlora's add_gradients by graphs, and what its micro-batches are.
 
@@ -444,7 +436,6 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
         if tokens not in runners:
             packs = [p for numbers in ahead for p in cut([rows[i] for i in numbers], tokens, state)[0]]
             packs = [(batches.tokens_in(p), batches.trained_tokens(p)) for p in packs]
-            torch.backends.cuda.enable_cudnn_sdp(is_worth_compiling(packs))
             runners[tokens] = make_runner(model, packs, pad_id, state.device, logits_at_once, plan)
         return runners[tokens]
 

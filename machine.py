@@ -176,12 +176,8 @@ def import_libraries(*more):
             gc.freeze()
             gc.enable()
 
-    import torch
     import transformers
 
-    # An H100 would take cuDNN's attention, which is compiled for the shapes at hand when a machine first sees
-    # them: 3.7 s in training, 2.5 in compare.py, for a smaller gain. A long run turns it on (cuda_graphs).
-    torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.logging.set_verbosity_error()  # what it reports on loading is checked in load_model
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()

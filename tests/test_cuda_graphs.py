@@ -46,12 +46,6 @@ def test_few_lengths_and_more_where_a_long_run_makes_up_for_their_capture(sizes)
     assert padding(sizes, lengths) <= max(0.1 * sum(sizes), finest + 8 * len(sizes))
 
 
-def test_a_long_run_alone_is_worth_compiling_an_attention_for():
-    assert not cuda_graphs.is_worth_compiling([])
-    assert not cuda_graphs.is_worth_compiling([(640, 240)] * 40)  # measured: 0.7 s quicker, 3.7 s to compile
-    assert cuda_graphs.is_worth_compiling([(3264, 1000)] * 170)  # 32 s quicker
-
-
 @pytest.fixture(scope="module")
 def examples(tokenizer):
     rows = train_qlora.load_data(train_qlora.Path(__file__).parent.parent / "examples.json")
