@@ -183,6 +183,18 @@ def import_libraries(*more):
         transformers.logging.disable_progress_bar()
 
 
+@contextmanager
+def uncompiled_attention():
+    """Has torch do meanwhile without cuDNN's attention, which it would take on an H100.
+
+    That is compiled for each new shape of its tensors, 1 s and more, and few of them come again.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
+
+
 def make_products_repeatable():
     """Has MKL give the same bits wherever in memory its numbers lie; called before its first product.
 

@@ -466,7 +466,7 @@ def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, ask
     model.eval()
     examples = [{**example, "is_call": call} for example, call in zip(examples, calls, strict=True)]
     sums = torch.zeros(2, dtype=torch.float64, device=state.device)
-    with torch.no_grad():
+    with torch.no_grad(), machine.uncompiled_attention():
         for batch in micro_batches(examples, state, tokens):
             if asked and state.num_processes == 1:  # several would wait for one another
                 model.train(was_training)

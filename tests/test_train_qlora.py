@@ -497,6 +497,21 @@ def test_an_evaluation_changes_nothing_about_the_training_after_it(tiny_model, e
     assert train_qlora.evaluate(model, examples[8:16], [True, False] * 4, 5, 0, CPU) == first
 
 
+def test_an_evaluation_does_without_the_attention_that_is_compiled_for_each_shape(
+    tiny_text_model, examples, monkeypatch
+):
+    real, allowed = train_qlora.losses_and_guesses, []
+
+    def losses_and_guesses(*args):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*args)
+
+    monkeypatch.setattr(train_qlora, "losses_and_guesses", losses_and_guesses)
+    train_qlora.evaluate(loaded(tiny_text_model, 4), examples[:4], [True, False] * 2, 5, 0, CPU)
+    assert allowed == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_no_linear_layer_repacks_its_weights_on_a_cpu(tiny_text_model, monkeypatch):
     """The trap itself needs AVX512-BF16; here every layer is told that the CPU has it."""
     import bitsandbytes.nn.modules as layers
