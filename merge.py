@@ -85,7 +85,7 @@ def top_two(model, tokenizer, conversation, answer):
     import torch
 
     ids = compare.prompt_ids(tokenizer, conversation) + answer.ids
-    with torch.inference_mode():
+    with torch.inference_mode(), machine.uncompiled_attention():
         inputs = torch.tensor([ids], device=model.device)
         logits = model(input_ids=inputs, logits_to_keep=len(answer.ids) + 1).logits[0].float()
     best = logits.topk(2)

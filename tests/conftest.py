@@ -103,6 +103,7 @@ def write_tiny_adapter(folder, base):
 
     import train_qlora
 
+    machine.import_libraries()  # loading shows no bar then, which a test would find among what it looks at
     torch.manual_seed(1)
     model = train_qlora.add_lora(AutoModelForCausalLM.from_pretrained(base))
     for name, weight in model.named_parameters():
