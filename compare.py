@@ -144,7 +144,7 @@ def generate(model, tokenizer, prompts, on_token, **settings):
         "eos_token_id": end_tokens(model),
         **settings,
     }
-    with torch.inference_mode():
+    with torch.inference_mode(), machine.uncompiled_attention():
         output = model.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([stop]))
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 

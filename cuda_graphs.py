@@ -8,6 +8,7 @@ attending to itself alone. Only the sequence's end is padded, and no layer is co
 
 import math
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ CAPTURE = 10_000  # tokens, computed in the time that a capture takes: what a fu
 KERNELS, LAUNCHING = {4: 0.04, 8: 0.055}, {4: 1.1, 8: 0.9}
 SELDOM = 1  # a run of so many micro-batches, or fewer, is worth no capture
 PATTERN = 6  # layers: in Gemma 3 every sixth attends to all tokens, the others to those in a window
+ATTENTION = "packed"  # our own kind, by transformers' name for it
+SHORT = 1024  # tokens; a longer sequence's attention weights are better never written down
 
 
 # --------------------------------------------------------------------------------------------- packing
@@ -140,7 +143,8 @@ def packed_loss(model, batch, cross_entropy):
     masks = attention_masks(model, (documents[:, None] == documents)[None], behind)
     ids, positions = batch["input_ids"][None], batch["positions"][None]
     decoder = base.get_decoder()
-    hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=masks).last_hidden_state[0]
+    with attending(decoder.config) if len(documents) <= SHORT else nullcontext():
+        hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=masks).last_hidden_state[0]
     trained = hidden.index_select(0, batch["places"])
     return cross_entropy(trained, base.get_output_embeddings().weight, batch["targets"])
 
@@ -152,6 +156,16 @@ def prepare(model):
     """Has the model's layers compute the same in fewer kernels, keep less, and never wait for the GPU."""
     keep_less(model)
     adapt(model)
+    add_attention()
+
+
+def product(a, b):
+    """Returns the product in fp32 of matrices, or batches of them, in any type."""
+    import torch
+
+    if not a.is_cuda or a.dtype == torch.float32:
+        return a @ b
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
 
 
 def keep_less(model):
@@ -215,10 +229,6 @@ def adapt(model):
     import torch
     from peft.tuners.lora import LoraLayer
 
-    def product(a, b):
-        """The product in fp32 of matrices in any type."""
-        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a @ b
-
     class Adapted(torch.autograd.Function):
         @staticmethod
         def forward(ctx, values, a, b, base, scaling, rate):
@@ -256,6 +266,55 @@ def adapt(model):
         if isinstance(layer, LoraLayer):
             eight = isinstance(layer.base_layer, bitsandbytes.nn.Linear8bitLt)
             layer.forward = partial(adapted, layer, (eight_bits if eight else four_bits)(layer.base_layer))
+
+
+def add_attention():
+    """Adds ATTENTION to what transformers knows: products of matrices, and the same again for the gradient.
+
+    torch's own adds up gradients in an order of chance, so that no run would be like another; and cuDNN's,
+    which torch takes on an H100, is compiled for the shapes at hand when a machine first sees them (2 s).
+    """
+    import torch
+    from transformers import AttentionInterface
+
+    def weigh(queries, keys, mask):
+        scores = product(queries, keys.transpose(1, 2))
+        scores.view(len(keys), -1, *mask.shape[2:]).add_(mask)
+        return scores.softmax(-1)
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, queries, keys, values, mask):
+            ctx.save_for_backward(queries, keys, values, mask)
+            return weigh(queries, keys, mask).to(values.dtype) @ values
+
+        @staticmethod
+        def backward(ctx, gradient):
+            queries, keys, values, mask = ctx.saved_tensors
+            weights = weigh(queries, keys, mask)
+            for_values = weights.to(values.dtype).transpose(1, 2) @ gradient
+            for_weights = product(gradient, values.transpose(1, 2))
+            scores = torch.ops.aten._softmax_backward_data(for_weights, weights, -1, weights.dtype)
+            scores = scores.to(values.dtype)
+            return scores @ keys, scores.transpose(1, 2) @ queries, for_values, None
+
+    def attend(layer, queries, keys, values, attention_mask, scaling, **_):
+        groups = keys.shape[1]  # of heads that have keys and values in common
+        one = (queries * scaling).reshape(groups, -1, queries.shape[-1])
+        result = Attention.apply(one, keys[0], values[0], attention_mask)
+        return result.view(queries.shape).transpose(1, 2), None
+
+    AttentionInterface.register(ATTENTION, attend)
+
+
+@contextmanager
+def attending(config):
+    """Has the layers of the text model with this config attend by ATTENTION meanwhile."""
+    before, config._attn_implementation = config._attn_implementation, ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def four_bits(layer):
