@@ -159,7 +159,7 @@ def prepare(model):
     add_attention()
 
 
-def product(a, b):
+def fp32_product(a, b):
     """Returns the product in fp32 of matrices, or batches of them, in any type."""
     import torch
 
@@ -253,8 +253,8 @@ def adapt(model):
             else:
                 for_rows.addcmul_(inner @ a.to(rows.dtype), mask, value=ctx.kept)
                 rows = torch.ops.aten.native_dropout_backward(rows, mask, ctx.kept)
-            for_b = product(gradient.t(), hidden).mul_(ctx.scaling)
-            return for_rows.reshape(ctx.shape), product(inner.t(), rows), for_b, None, None, None
+            for_b = fp32_product(gradient.t(), hidden).mul_(ctx.scaling)
+            return for_rows.reshape(ctx.shape), fp32_product(inner.t(), rows), for_b, None, None, None
 
     def adapted(layer, base, values):
         name = layer.active_adapters[0]
@@ -278,7 +278,7 @@ def add_attention():
     from transformers import AttentionInterface
 
     def weigh(queries, keys, mask):
-        scores = product(queries, keys.transpose(1, 2))
+        scores = fp32_product(queries, keys.transpose(1, 2))
         scores.view(len(keys), -1, *mask.shape[2:]).add_(mask)
         return scores.softmax(-1)
 
@@ -293,7 +293,7 @@ def add_attention():
             queries, keys, values, mask = ctx.saved_tensors
             weights = weigh(queries, keys, mask)
             for_values = weights.to(values.dtype).transpose(1, 2) @ gradient
-            for_weights = product(gradient, values.transpose(1, 2))
+            for_weights = fp32_product(gradient, values.transpose(1, 2))
             scores = torch.ops.aten._softmax_backward_data(for_weights, weights, -1, weights.dtype)
             scores = scores.to(values.dtype)
             return scores @ keys, scores.transpose(1, 2) @ queries, for_values, None

@@ -66,6 +66,10 @@ def test_the_gradient_of_packed_rows_is_that_of_padded_ones(
     want = gradient(model)
     total = batches.trained_tokens(examples)
     cuda_graphs.prepare(model)
+    attend, attended = transformers.AttentionInterface()[cuda_graphs.ATTENTION], []
+    transformers.AttentionInterface.register(
+        cuda_graphs.ATTENTION, lambda *args, **settings: attended.append(1) or attend(*args, **settings)
+    )
     loss, entropy = 0.0, cuda_graphs.make_cross_entropy(100)
     for pack in cuda_graphs.cut(examples, tokens, CPU)[0]:
         length = 8 * -(-batches.tokens_in(pack) // 8) + 8  # some padding
@@ -75,6 +79,7 @@ def test_the_gradient_of_packed_rows_is_that_of_padded_ones(
         loss += part.item()
     assert loss == pytest.approx(want_loss, rel=1e-5)
     assert (gradient(model) - want).norm() / want.norm() < (1e-5 if bits == 4 else 1e-3)  # roundings to int8
+    assert bool(attended) == (tokens <= short)
     assert model.get_base_model().get_decoder().config._attn_implementation == "sdpa"  # as it was
 
 
