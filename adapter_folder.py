@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import checkpoints
-import whole_files
-from chat_rows import printable
 from checkpoints import CONFIG, WEIGHTS
-from machine import RunError
+from tuner.system import atomic
+from tuner.system.console import printable
+from tuner.system.errors import RunError
 
 # What a base's tokenizer consists of; it goes along as it is.
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -58,9 +58,9 @@ def check(output, resume):
     """
     output = Path(output)
     ours = is_finished(output) or is_unfinished(output)
-    if output.exists() and not ours and not whole_files.is_empty_folder(output):
+    if output.exists() and not ours and not atomic.is_empty_folder(output):
         raise RunError(f"{output} is there and holds no adapter; name another folder with --output")
-    parent = whole_files.check_parent(output)
+    parent = atomic.check_parent(output)
     free = shutil.disk_usage(output if ours else parent).free
     if free < DISK_NEEDED and not resume:
         raise RunError(
@@ -120,7 +120,7 @@ def clear(output):
 def remove_if_empty(output):
     """Removes the folder of a run that left nothing."""
     for path in (Path(output, checkpoints.FOLDER), Path(output)):
-        if whole_files.is_empty_folder(path):
+        if atomic.is_empty_folder(path):
             path.rmdir()
 
 
@@ -158,7 +158,7 @@ def write(output, model, base, run):
         text = json.dumps(run, ensure_ascii=False, indent=1) + "\n"
         (part / "run.json").write_text(text, encoding="utf-8")
         plot(run, part / "loss.png")
-        whole_files.sync(part)
+        atomic.sync(part)
 
         read_back = load((part / WEIGHTS).read_bytes())
         targets = [name for name, module in model.named_modules() if hasattr(module, "lora_B")]
@@ -174,7 +174,7 @@ def write(output, model, base, run):
                     f"{part}: {name} is all zeros, nothing was learned there; train for more steps"
                 )
         for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
-            whole_files.rename(path, output / path.name)
+            atomic.rename(path, output / path.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import chat_rows
 import compare
 import tool_call
+from tuner.system.console import printable
 
 NEW_TOKENS = 512  # of an answer, where the request names no other number
 ROUTES = "there are /v1/chat/completions, /v1/models, /health and the page at /"
@@ -91,7 +92,7 @@ def parse(body):
         place = ".".join(map(str, fault["loc"]))
         if place.startswith("stop"):  # of two types, and pydantic tells of the first alone
             place, fault["msg"] = "stop", "a string, or up to 4, none of them empty"
-        text = chat_rows.printable(f"{place}: {fault['msg']}" if place else fault["msg"], 200)
+        text = printable(f"{place}: {fault['msg']}" if place else fault["msg"], 200)
         raise refusal(400, text, param=place.split(".")[0] or None) from None
 
 
@@ -101,13 +102,13 @@ def make_job(asked, names, tokenizer, context):
     Raises a refusal for a model that is not there, and for messages that are at fault or do not fit.
     """
     if asked.model not in (None, *names):
-        text = f"no model {chat_rows.printable(asked.model)} is here, but {' and '.join(names)}"
+        text = f"no model {printable(asked.model)} is here, but {' and '.join(names)}"
         raise refusal(404, text, "model_not_found", "model")
     messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in asked.messages]
     try:
         messages = chat_rows.as_text(messages)
     except ValueError as error:
-        text = " / ".join(chat_rows.printable(line, 200) for line in str(error).split("\n")[:3])
+        text = " / ".join(printable(line, 200) for line in str(error).split("\n")[:3])
         raise refusal(400, text, param="messages") from None
     if messages[-1]["role"] != "user":
         text = f'the last message is from "{messages[-1]["role"]}"; let "user" or "tool" speak last'

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import tool_call
+from tuner.system.console import printable
 
 KEYS = {  # of a message, by its role
     "system": ("role", "content"),
@@ -32,12 +33,6 @@ class DataError(ValueError):
         if len(errors) > ERRORS_SHOWN:
             shown.append(f"… and {len(errors) - ERRORS_SHOWN} more")
         super().__init__("\n".join(shown))
-
-
-def printable(text, width=60):
-    """Returns text as one line of at most `width` characters, control characters replaced."""
-    text = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def text_of(message):

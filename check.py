@@ -28,11 +28,14 @@ import chat_rows
 import compare
 import cuda_graphs
 import download_model
-import machine
 import memory_estimate
 import tool_call
 import train_qlora
-from machine import RunError
+from chat_rows import DataError
+from download_model import ModelError
+from tuner.system import console, devices, hardware, libraries
+from tuner.system.console import printable
+from tuner.system.errors import RunError
 
 GPU_PRICE = 60  # an hour, in whatever currency: roubles for an RTX 4090 at the time of writing
 ROWS_AT_ONCE = 1000  # tokenised together, and only counted after that
@@ -219,9 +222,9 @@ def show_warnings(path, rows, found):
     for line, kind, text in found:
         shown[kind] += 1
         if shown[kind] <= SHOWN_OF_A_KIND:
-            print(f"{path}:{line}: {compare.paint('warning', 33)}: {chat_rows.printable(text, 300)}")
+            print(f"{path}:{line}: {console.paint('warning', 33)}: {printable(text, 300)}")
             if line in texts and kind != "balance":
-                compare.show(texts[line]["content"], "    ", "    ")
+                console.show(texts[line]["content"], "    ", "    ")
     for kind, count in shown.items():
         if count > SHOWN_OF_A_KIND:
             print(f"… and {count - SHOWN_OF_A_KIND} more of the kind {kind}")
@@ -235,7 +238,7 @@ def find_tokenizer(model, online):
 
     online: whether the hub may be asked for a model that is not here. Raises RunError if there is none.
     """
-    with machine.without_torch():  # tokenising needs none, and importing it takes longer than all the rest
+    with libraries.without_torch():  # tokenising needs none, and importing it takes longer than all the rest
         from transformers import logging
 
         logging.set_verbosity_error()
@@ -286,7 +289,7 @@ def pieces(row, tokenizer):
 
 def show_labels(rows, tokenizer):
     """Prints rows token by token: trained ones in colour, or between ⟦ and ⟧ where there is none."""
-    colour = compare.paint("x", 32) != "x"
+    colour = console.paint("x", 32) != "x"
     for line, row in rows:
         tokens = pieces(row, tokenizer)
         trained = sum(t for _, t, _ in tokens)
@@ -294,9 +297,9 @@ def show_labels(rows, tokenizer):
         print(f"\nline {line}: {kind}, {len(tokens)} tokens, {trained} trained")
         text, before = "", False
         for piece, learned, special in tokens:
-            shown = chat_rows.printable(piece.replace("\n", "⏎"), 100)
+            shown = printable(piece.replace("\n", "⏎"), 100)
             if colour:
-                shown = compare.paint(shown, ("1;" if special else "") + ("32" if learned else "90"))
+                shown = console.paint(shown, ("1;" if special else "") + ("32" if learned else "90"))
             elif learned != before:
                 shown = ("⟦" if learned else "⟧") + shown
             text += shown + "\n" * piece.count("\n")
@@ -424,7 +427,7 @@ def access(model, offline):
             _, files = download_model.ask_hub(model)
             download = sum(file.size for file in files)
             lines += [token, ("✓", f"licence: accepted, {model} may be downloaded ({download / 1e9:.1f} GB)")]
-        except download_model.ModelError as error:
+        except ModelError as error:
             lines += [token] if error.about != "token" else []
             lines.append(("✗", f"{error.about}: {error}"))
             lines += [("–", "licence: not known before that")] if error.about != "licence" else []
@@ -434,7 +437,7 @@ def access(model, offline):
     takes = f"model ({weights / 1e9:.1f}, a download), adapter and merged model take {needed / 1e9:.0f}"
     enough = f"disk: {free / 1e9:.0f} GB free; {takes}"
     lines.append(("✓", enough) if free >= needed else ("✗", enough + "; free some, or take another folder"))
-    return lines + machine.check_memory() + machine.check_gpu()
+    return lines + hardware.check_memory() + devices.check_gpu()
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -468,7 +471,7 @@ def main():
     args = parse_arguments()
     try:
         sys.exit(run(args))
-    except (RunError, chat_rows.DataError, download_model.ModelError) as error:
+    except (RunError, DataError, ModelError) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -488,7 +491,7 @@ def run(args):
         try:
             asked.extend(access(args.model, args.offline))
         except Exception as error:  # of a thread, it would be lost
-            reason = chat_rows.printable(f"{type(error).__name__}: {error}", 200)
+            reason = printable(f"{type(error).__name__}: {error}", 200)
             asked.append(("✗", f"access could not be checked ({reason}); report that, with --offline go on"))
 
     asking = threading.Thread(target=ask, daemon=True)  # the hub is asked while the rows are looked at
@@ -509,21 +512,21 @@ def run(args):
     counts = count_tokens(rows, tokenizer)
     too_long = train_qlora.too_long([line for line, _ in rows], [tokens for tokens, _ in counts])
     if too_long:
-        raise chat_rows.DataError(args.data, too_long)
+        raise DataError(args.data, too_long)
     print(f"\nlabels     tokenizer of {source}; trained is what is", end=" ")
-    print("green" if compare.paint("x", 32) != "x" else "between ⟦ and ⟧")
+    print("green" if console.paint("x", 32) != "x" else "between ⟦ and ⟧")
     show_labels(choose(rows, counts, args.rows), tokenizer)
     if args.html:
         write_page(args.html, args.data, rows, found, tokenizer)
     numbers, off = plan(rows, counts)
     show_plan(numbers, counts)
     for text in off:
-        print(f"           {compare.paint('warning', 33)}: {text}")
+        print(f"           {console.paint('warning', 33)}: {text}")
     show_cost(dimensions_of(args.model), numbers, args.gpu_price)
 
     print()
     for mark, text in asked:
-        print(f"{compare.paint(mark, {'✓': 32, '✗': 31}.get(mark, 90))} {text}")
+        print(f"{console.paint(mark, {'✓': 32, '✗': 31}.get(mark, 90))} {text}")
     wrong = len(found) + len(off)
     missing = sum(mark == "✗" for mark, _ in asked)
     print(f"\nverdict    {wrong or 'no'} warning{'s' * (wrong != 1)}", end="")

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
 
-import whole_files
-from chat_rows import printable
-from machine import RunError
+from tuner.system import atomic
+from tuner.system.console import printable
+from tuner.system.errors import RunError
 
 FOLDER = "checkpoints"
 FORMAT = 2  # of what is in it
@@ -100,7 +100,7 @@ def write(output, config, files, facts):
     Raises OSError if it cannot be written; those before it are then as they were.
     """
     place = Path(output, FOLDER, f"step-{facts['step']:06}")
-    part = whole_files.aside(place)
+    part = atomic.aside(place)
     try:
         part.mkdir(parents=True)
         files = {
@@ -115,10 +115,10 @@ def write(output, config, files, facts):
         manifest = {**facts, "sha256": {name: sha256(data) for name, data in files.items()}}
         manifest["seal"] = seal(manifest)
         (part / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
-        whole_files.sync(part)
+        atomic.sync(part)
         if place.exists():  # a damaged one, passed over when the run went on
             remove(place)
-        whole_files.rename(part, place)
+        atomic.rename(part, place)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -192,7 +192,7 @@ def read(place):
     data = {}
     for name in (MANIFEST, CONFIG, WEIGHTS, OPTIMIZER, BEST):
         try:
-            data[name] = whole_files.read(place / name)
+            data[name] = atomic.read(place / name)
         except FileNotFoundError:
             pass  # told of below, unless it is BEST and not wanted
         except OSError as error:

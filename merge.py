@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import adapter_folder
-import chat_rows
 import compare
 import download_model
-import machine
 import train_qlora
-import whole_files
-from machine import RunError
+from download_model import ModelError
+from tuner.system import atomic, devices, libraries, signals
+from tuner.system.console import printable
+from tuner.system.errors import RunError
 
 SHARD_SIZE = "5GB"
 # The base's files that go along as they are; the weights are written anew.
@@ -44,7 +44,7 @@ def check_output(output, base, adapter, overwrite):
     shutil.rmtree(earlier, ignore_errors=True)
     if output.resolve() in (Path(base).resolve(), Path(adapter).resolve()):
         raise RunError(f"{output} is the base or the adapter itself; name another folder with --output")
-    if output.exists() and not whole_files.is_empty_folder(output):
+    if output.exists() and not atomic.is_empty_folder(output):
         if not overwrite:
             raise RunError(f"{output} is there; add --overwrite, or name another folder with --output")
         if not output.is_dir() or download_model.missing_files(output):
@@ -60,13 +60,13 @@ def choose_device(weights, parent):
     import torch
 
     device, needed, free = "cpu", CPU_ROOM * weights, psutil.virtual_memory().available
-    if torch.cuda.is_available() and machine.gpu_dtype() == torch.bfloat16:
+    if torch.cuda.is_available() and devices.gpu_dtype() == torch.bfloat16:
         free_gpu, _ = torch.cuda.mem_get_info()
         if free_gpu > GPU_ROOM * weights:
             device, needed, free = "cuda:0", GPU_ROOM * weights, free_gpu
     disk, free_disk = 1.05 * weights + 100e6, shutil.disk_usage(parent).free
     print(
-        f"needs      {needed / 1e9:.1f} GB of memory on {machine.device_name(torch.device(device))} "
+        f"needs      {needed / 1e9:.1f} GB of memory on {devices.device_name(torch.device(device))} "
         f"({free / 1e9:.1f} free), {disk / 1e9:.1f} GB of disk ({free_disk / 1e9:.1f} free)",
         flush=True,
     )
@@ -85,7 +85,7 @@ def top_two(model, tokenizer, conversation, answer):
     import torch
 
     ids = compare.prompt_ids(tokenizer, conversation) + answer.ids
-    with torch.inference_mode(), machine.uncompiled_attention():
+    with torch.inference_mode(), devices.uncompiled_attention():
         inputs = torch.tensor([ids], device=model.device)
         logits = model(input_ids=inputs, logits_to_keep=len(answer.ids) + 1).logits[0].float()
     best = logits.topk(2)
@@ -113,7 +113,7 @@ def compare_answers(tokenizer, before, after, before_top, after_top):
         tops = {"base + adapter": before_top[number][place], "merged": after_top[number][place]}
         print(f"           probe {number + 1} differs at token {place + 1}, by these logits:")
         for name, top in tops.items():
-            words = (f'"{chat_rows.printable(tokenizer.decode([i]), 20)}" {logit:.3f}' for i, logit in top)
+            words = (f'"{printable(tokenizer.decode([i]), 20)}" {logit:.3f}' for i, logit in top)
             print(f"             {name + ':':<16}{', '.join(words)}", flush=True)
         if any(top[0][1] - top[1][1] > NEAR_TIE for top in tops.values()):
             raise RunError("the merged model answers otherwise, and by no near tie; nothing was kept")
@@ -241,12 +241,12 @@ def copy_files(base, merged):
 
 def move(aside, output):
     """Moves a finished folder into place; what was there is removed after that."""
-    whole_files.open_up(aside)
-    whole_files.sync(aside)
+    atomic.open_up(aside)
+    atomic.sync(aside)
     earlier = output.with_name(output.name + ".old")
     if output.exists():
         output.rename(earlier)
-    whole_files.rename(aside, output)
+    atomic.rename(aside, output)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
@@ -265,10 +265,10 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    whole_files.leave_on_signals()
+    signals.leave_on_signals()
     try:
         run(args)
-    except (RunError, download_model.ModelError) as error:
+    except (RunError, ModelError) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -280,8 +280,8 @@ def run(args):
     config, record = adapter_folder.read_settings(args.adapter)
     base = config["base_model_name_or_path"]
     output = Path(args.output or f"{Path(base).name}-merged")
-    whole_files.check_parent(output)
-    with whole_files.only_writer(output):
+    atomic.check_parent(output)
+    with atomic.only_writer(output):
         merge(args, base, record, output)
 
 
@@ -289,7 +289,7 @@ def merge(args, base, record, output):
     started = time.perf_counter()
     check_output(output, base, args.adapter, args.overwrite)
 
-    machine.import_libraries()
+    libraries.import_libraries()
 
     import torch
     from peft import PeftModel
@@ -298,7 +298,7 @@ def merge(args, base, record, output):
 
     folder, revision = download_model.find_model(base, rehearse=not torch.cuda.is_available())
     adapter_folder.check_weights(args.adapter, folder, revision)
-    print(f"merging    {args.adapter} into {chat_rows.printable(base)}")
+    print(f"merging    {args.adapter} into {printable(base)}")
     device = choose_device(download_model.weight_bytes(folder), output.absolute().parent)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # the same bf16 values, exactly, in fp32
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -311,7 +311,7 @@ def merge(args, base, record, output):
     model = train_qlora.load_model(folder, None, device, dtype)
     model = PeftModel.from_pretrained(model, args.adapter).eval()
     before = answers(model)
-    aside = whole_files.aside(output)
+    aside = atomic.aside(output)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         model = model.merge_and_unload(safe_merge=True).to(torch.bfloat16)
@@ -333,11 +333,11 @@ def merge(args, base, record, output):
         print(f"           {same} of {len(probes)} probes answered with the same tokens as base + adapter")
         move(aside, output)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
-        reason = chat_rows.printable(getattr(error, "strerror", None) or str(error), 100)
+        reason = printable(getattr(error, "strerror", None) or str(error), 100)
         raise RunError(f"{output} cannot be written ({reason}); free some disk; nothing was kept") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"memory     {machine.told(machine.peak_memory(torch.device(device)))}")
+    print(f"memory     {devices.told(devices.peak_memory(torch.device(device)))}")
     print(f"time       {time.perf_counter() - started:.1f} s")
     print(f"merged     {output}, {download_model.weight_bytes(output) / 1e9:.1f} GB")
     print(f"next       python serve.py --model {output}")

@@ -31,14 +31,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import adapter_folder
-import chat_rows
 import compare
 import download_model
-import machine
 import train_qlora
-import whole_files
 from chat_completions import BUG, Asked, End, error_body, events, make_job, parse, refusal, until_stop, whole
-from machine import RunError
+from download_model import ModelError
+from tuner.system import console, devices, libraries, scripts, signals
+from tuner.system.console import printable
+from tuner.system.errors import RunError
 
 MODEL = Path(download_model.BASE_FOLDER).name + "-merged"
 KEY = "SERVE_API_KEY"
@@ -156,7 +156,7 @@ def make_app(model, tokenizer, names, key, jobs):
 
     @app.exception_handler(HTTPException)
     def refused(request, error):
-        print(f"refused    {error.status_code} {request.method} {chat_rows.printable(request.scope['path'])}")
+        print(f"refused    {error.status_code} {request.method} {printable(request.scope['path'])}")
         return JSONResponse(error_body(error.status_code, error.detail), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
@@ -175,7 +175,7 @@ def make_app(model, tokenizer, names, key, jobs):
             print(f"{job.model:<10} {len(job.ids)} + {end.tokens} tokens, {seconds:.1f} s, {how}")
             put(end)
         except Exception as error:
-            if machine.is_out_of_memory(error):
+            if scripts.is_out_of_memory(error):
                 error = refusal(503, "the GPU's memory is full; ask for less, or serve with --bits 4")
                 print(f"{job.model:<10} {error.detail['message']}", file=sys.stderr)
             put(error)
@@ -263,7 +263,7 @@ def listen(host, port, key):
         cure = "name an address of this machine with --host"
         if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
             cure = "name another port with --port, or end the program that has it"
-        place = f"port {port} of {chat_rows.printable(host)}"
+        place = f"port {port} of {printable(host)}"
         raise RunError(f"{place} cannot be listened on ({reason}); {cure}") from None
     if not key and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         listening.close()
@@ -287,8 +287,8 @@ def load(args):
         raise RunError(f"{folder} is an adapter; serve it on its base: python serve.py --adapter {folder}")
     if missing := download_model.missing_files(folder):
         raise RunError(f"{folder} is no complete model ({missing[0]} is missing); remove it and merge again")
-    machine.import_libraries()
-    return *compare.load_folder(str(folder), folder, args.bits), [chat_rows.printable(folder.resolve().name)]
+    libraries.import_libraries()
+    return *compare.load_folder(str(folder), folder, args.bits), [printable(folder.resolve().name)]
 
 
 def port_number(text):
@@ -317,18 +317,18 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    whole_files.leave_on_signals("stopped")
-    machine.outlive_the_terminal()
+    signals.leave_on_signals("stopped")
+    console.outlive_the_terminal()
     try:
         run(args)
-    except (RunError, download_model.ModelError) as error:
+    except (RunError, ModelError) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        if not machine.is_out_of_memory(error):
+        if not scripts.is_out_of_memory(error):
             raise
         print("the GPU's memory is full; close what else runs on it, or add --bits 4", file=sys.stderr)
         sys.exit(1)
@@ -346,7 +346,7 @@ def run(args):
             host, port = listening.getsockname()[:2]
             place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             bits = f"in {args.bits} bits" if args.bits else "unquantised"
-            device = machine.device_name(model.device)
+            device = devices.device_name(model.device)
             print(f"models     {', '.join(names)}: {args.adapter or args.model}, {bits}, on {device}")
             print(f"API        {place}/v1, {f'with the key in {KEY}' if key else 'without a key'}")
             print(f"page       {place}/ in a browser; Ctrl-C stops")

@@ -30,10 +30,12 @@ import chat_rows
 import checkpoints
 import cuda_graphs
 import download_model
-import machine
 import memory_estimate
-import whole_files
-from machine import RunError
+from chat_rows import DataError
+from download_model import ModelError
+from tuner.system import atomic, console, devices, hardware, libraries, scripts, signals
+from tuner.system.console import printable
+from tuner.system.errors import RunError
 
 # The recipe; the constants are the article's unless a comment says otherwise.
 DATA_PATH = "examples.json"
@@ -76,7 +78,7 @@ END_OF_TURN = "<end_of_turn>"
 def load_data(data_path):
     """Returns the rows of a Chat Messages JSON file, in order, each {"messages": [{role, content}, …]}.
 
-    Content is text; calls and their results are text too (chat_rows.as_text). Raises chat_rows.DataError that
+    Content is text; calls and their results are text too (chat_rows.as_text). Raises DataError that
     lists every row in error as `file:line: what is wrong; what to do`.
     """
     return [row for _, row in chat_rows.read(data_path)]
@@ -185,9 +187,7 @@ def tokenise_rows(data_path, rows, tokenizer):
         dataset = tokens(None)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     if max(lengths) > MAX_TOKENS:
-        raise chat_rows.DataError(
-            data_path, too_long([line for line, _ in chat_rows.read(data_path)], lengths)
-        )
+        raise DataError(data_path, too_long([line for line, _ in chat_rows.read(data_path)], lengths))
     return dataset
 
 
@@ -282,7 +282,7 @@ def load_model(folder, bits, device, dtype, vision=True):
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = chat_rows.printable(str(error), 100)
+        reason = printable(str(error), 100)
         raise RunError(f"{folder} is damaged ({reason}); remove it and fetch it anew") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -437,7 +437,7 @@ def within_memory(work, cut, state, tokens, less=1 / 2):
         try:
             return work(tokens), tokens
         except torch.OutOfMemoryError as error:
-            reason = chat_rows.printable(str(error).split(" Process ")[0], 150)
+            reason = printable(str(error).split(" Process ")[0], 150)
         # Not within `except`: there the error would hold on to all that the work had in memory.
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -450,7 +450,7 @@ def within_memory(work, cut, state, tokens, less=1 / 2):
                 "--bits 4, close what else runs on it (nvidia-smi), shorten that row, or take a larger GPU"
             )
         tokens, less = int(max(divisible) * less), max(1 / 2, less * less)
-        say(f"memory     full with {largest} tokens at a time; the same again with {tokens} at most")
+        console.say(f"memory     full with {largest} tokens at a time; the same again with {tokens} at most")
 
 
 def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, asked=(), at_once=None):
@@ -466,7 +466,7 @@ def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, ask
     model.eval()
     examples = [{**example, "is_call": call} for example, call in zip(examples, calls, strict=True)]
     sums = torch.zeros(2, dtype=torch.float64, device=state.device)
-    with torch.no_grad(), machine.uncompiled_attention():
+    with torch.no_grad(), devices.uncompiled_attention():
         for batch in micro_batches(examples, state, tokens):
             if asked and state.num_processes == 1:  # several would wait for one another
                 model.train(was_training)
@@ -649,7 +649,7 @@ def train(
                     best = on_the_cpu(adapter, weights)
                     history["kept_step"] = step
                 evaluations.append({"epoch": epoch, "step": step, "loss": loss, "right": right})
-            say(line)
+            console.say(line)
             keep()
             if epoch < args.epochs and any_asked(asked, state):
                 return None
@@ -733,15 +733,15 @@ def main():
     args = parse_arguments()
     try:
         run(args)
-    except (RunError, chat_rows.DataError, download_model.ModelError) as error:
-        if is_main():
+    except (RunError, DataError, ModelError) as error:
+        if console.is_main():
             print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped before training began", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        if not machine.is_out_of_memory(error):
+        if not scripts.is_out_of_memory(error):
             raise
         cure = "close what else runs on it (nvidia-smi), shorten the longest rows, or take a larger card"
         cure = f"train with --bits 4, {cure}" if args.bits == 8 else cure
@@ -752,18 +752,18 @@ def main():
 def run(args):
     rows = load_data(args.data)
     adapter_folder.check(args.output, args.resume)
-    with whole_files.only_writer(args.output) if is_main() else nullcontext():
-        if is_main():
+    with atomic.only_writer(args.output) if console.is_main() else nullcontext():
+        if console.is_main():
             adapter_folder.clear(args.output)
         if args.resume and adapter_folder.is_finished(args.output):
-            say(f"finished   the run in {args.output} is done: there is nothing to resume")
+            console.say(f"finished   the run in {args.output} is done: there is nothing to resume")
             args.bits = adapter_folder.read_settings(args.output)[1].get("bits", args.bits)
-            say(f"next       {next_command(args)}")
+            console.say(f"next       {next_command(args)}")
             return
         try:
             tune(args, rows)
         finally:
-            if is_main():
+            if console.is_main():
                 adapter_folder.remove_if_empty(args.output)
 
 
@@ -777,22 +777,26 @@ def tune(args, rows):
     calls = [is_call(row["messages"]) for row in rows]
     training, validation = split_rows(rows)
 
-    machine.import_libraries("datasets", "accelerate")
+    libraries.import_libraries("datasets", "accelerate")
 
     import torch
     from accelerate import PartialState
 
-    machine.make_products_repeatable()
-    dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else machine.gpu_dtype()
+    devices.make_products_repeatable()
+    dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else devices.gpu_dtype()
     state = PartialState(cpu=args.rehearse)
-    machine.check_product(args.bits, state.device, dtype)
+    devices.check_product(args.bits, state.device, dtype)
     teaching = sum(has_call(row["messages"]) for row in rows)
-    say(f"rows       {len(rows)} of {args.data}: {teaching} with a call, {len(rows) - teaching} without")
-    for mark, text in machine.check_memory():
+    console.say(
+        f"rows       {len(rows)} of {args.data}: {teaching} with a call, {len(rows) - teaching} without"
+    )
+    for mark, text in hardware.check_memory():
         if mark == "✗":
-            say(f"warning    {text}")
+            console.say(f"warning    {text}")
     if not validation:
-        say("           too few to hold 10 % out: all are trained on, and the last step's adapter is kept")
+        console.say(
+            "           too few to hold 10 % out: all are trained on, and the last step's adapter is kept"
+        )
 
     with state.main_process_first():
         folder, revision = download_model.find_model(args.model, args.rehearse)
@@ -804,51 +808,53 @@ def tune(args, rows):
         check_unchanged(args, found[0], facts)
     lengths = [len(ids) for ids in examples["input_ids"]]
     tokens, trained = sum(lengths), batches.trained_tokens(examples)
-    say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
+    console.say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
 
     epoch = [[lengths[i] for i in numbers] for numbers in steps_of(1, training)]
     plan = None if args.rehearse else plan_memory(args, folder, epoch, max(lengths), trained, state)
-    say(f"model      {args.model} in {args.bits} bits on {machine.device_name(state.device)}")
+    console.say(f"model      {args.model} in {args.bits} bits on {devices.device_name(state.device)}")
     started = time.perf_counter()
     torch.manual_seed(SEED)  # LoRA's first weights
     model = add_lora(load_model(folder, args.bits, state.device, dtype, vision=False))
     model.peft_config["default"].base_model_name_or_path = args.model
     if not args.rehearse or REHEARSAL_CHECKPOINTING:
         checkpoint_layers(model)
-    if is_main():
+    if console.is_main():
         model.print_trainable_parameters()
     if plan:
         cuda_graphs.prepare(model)
     loaded = time.perf_counter()
-    say(f"training   {len(training)} rows, {ROWS_PER_STEP} a step; {len(validation)} rows for validation")
+    console.say(
+        f"training   {len(training)} rows, {ROWS_PER_STEP} a step; {len(validation)} rows for validation"
+    )
     if found:
-        say(f"resumed    after step {found[0]['step']} of {found[0]['history']['steps']}")
-    elif is_main() and (earlier := adapter_folder.make_room(args.output)):
-        say(f"earlier    the adapter that was in {args.output} is now in {earlier}")
+        console.say(f"resumed    after step {found[0]['step']} of {found[0]['history']['steps']}")
+    elif console.is_main() and (earlier := adapter_folder.make_room(args.output)):
+        console.say(f"earlier    the adapter that was in {args.output} is now in {earlier}")
 
     config = model.peft_config["default"]
-    with whole_files.asked_to_stop() as asked:
+    with signals.asked_to_stop() as asked:
         try:
-            with checkpoints.writer(args.output, config, facts, say) as save:
+            with checkpoints.writer(args.output, config, facts, console.say) as save:
                 history = train(
                     *(model, examples, training, validation, calls, tokenizer, args, state),
-                    *(found, save if is_main() else None, asked, plan),
+                    *(found, save if console.is_main() else None, asked, plan),
                 )
         except RunError as error:
             places = checkpoints.places(args.output)
             kept = f"the last checkpoint is {places[0]}" if places else "no checkpoint was written yet"
             raise RunError(f"{error}; {kept}") from error
         except Exception:
-            if is_main() and checkpoints.places(args.output):
+            if console.is_main() and checkpoints.places(args.output):
                 print(f"the checkpoints are kept; go on with: {command(args)}", file=sys.stderr)
             raise
         state.destroy_process_group()
         if history is None:
             stop(args, asked)
-        if not is_main():
+        if not console.is_main():
             return
         seconds = {"loading": round(loaded - started, 1), "training": history.pop("seconds")}
-        memory = machine.peak_memory(state.device)
+        memory = devices.peak_memory(state.device)
         trainable, all_parameters = model.get_nb_trainable_parameters()
         record = {
             "model": args.model,
@@ -865,8 +871,8 @@ def tune(args, rows):
             "settings": {"model": args.model, "data": args.data, "output": args.output, **facts["settings"]},
             "compute_dtype": str(dtype).removeprefix("torch."),
             "processes": state.num_processes,
-            "device": machine.device_name(state.device),
-            "versions": machine.versions(),
+            "device": devices.device_name(state.device),
+            "versions": libraries.versions(),
             "trainable_parameters": trainable,
             "all_parameters": all_parameters,
             **history,
@@ -882,10 +888,12 @@ def tune(args, rows):
                 f"{shutil.disk_usage(args.output).free / 1e6:.0f} MB are free; free some, then go on with: "
                 + command(args)
             ) from error
-    say(f"memory     {machine.told(memory)}")
-    say(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
-    say(f"adapter    {args.output}, of step {history['kept_step']}; its curves: {args.output}/loss.png")
-    say(f"next       {next_command(args)}")
+    console.say(f"memory     {devices.told(memory)}")
+    console.say(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
+    console.say(
+        f"adapter    {args.output}, of step {history['kept_step']}; its curves: {args.output}/loss.png"
+    )
+    console.say(f"next       {next_command(args)}")
 
 
 def plan_memory(args, folder, epoch, longest, trained, state):
@@ -896,7 +904,7 @@ def plan_memory(args, folder, epoch, longest, trained, state):
     """
     import torch
 
-    if machine.gpu_dtype() != torch.bfloat16:
+    if devices.gpu_dtype() != torch.bfloat16:
         if not args.memory:
             return None
         raise RunError(
@@ -922,14 +930,14 @@ def plan_memory(args, folder, epoch, longest, trained, state):
     if plan.tokens < longest:
         how += "; longer rows " * bool(plan.tokens) + f"{plan.checkpointed} tokens at once, "
         how += "their layers computed anew for the gradient"
-    say(f"memory     {budget / 2**30:.1f} GiB at most: {how}")
+    console.say(f"memory     {budget / 2**30:.1f} GiB at most: {how}")
     return plan
 
 
 def find_checkpoint(args, facts):
     """Returns the checkpoint to go on from, None to start afresh; raises RunError if neither may be done."""
     if args.resume:
-        if found := checkpoints.newest(args.output, say):
+        if found := checkpoints.newest(args.output, console.say):
             check_unchanged(args, found[0], facts)
             return found
         damaged = " --overwrite" if checkpoints.places(args.output) else ""
@@ -962,8 +970,10 @@ def fingerprint_of_tokens(examples):
 def stop(args, asked):
     """Says how to go on, and exits as a process does that a signal ended."""
     places = checkpoints.places(args.output)
-    say(f"stopped    the newest checkpoint is {places[0]}" if places else "stopped    with no checkpoint")
-    say(f"go on      {command(args)}")
+    console.say(
+        f"stopped    the newest checkpoint is {places[0]}" if places else "stopped    with no checkpoint"
+    )
+    console.say(f"go on      {command(args)}")
     sys.exit(128 + (asked[0] if asked else signal.SIGINT))
 
 
@@ -979,19 +989,6 @@ def next_command(args):
     return f"python compare.py --bits {args.bits}{adapter}"
 
 
-def is_main():
-    """Whether this is the process that speaks and writes: the only one, or the first that a launcher made."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text):
-    if is_main():
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode():  # above the bar
-            print(text, flush=True)
-
-
 def settings(args):
     """Returns all that decides the result, by name."""
     return {name: getattr(args, name) for name in ("bits", "epochs", "learning_rate", "rehearse")} | recipe()
@@ -1005,5 +1002,5 @@ def recipe():
 
 
 if __name__ == "__main__":
-    machine.outlive_the_terminal()
+    console.outlive_the_terminal()
     main()

@@ -24,11 +24,12 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from tuner.system import devices, libraries
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import batches  # noqa: E402
-import machine  # noqa: E402
 import train_qlora  # noqa: E402
 
 # Bits, and what of the GPU's memory may be reserved (GiB), of the shipped rows and of long ones.
@@ -81,7 +82,7 @@ def long_rows(count, tokenizer):
 
 def versions(peer=None):
     """Returns the versions of what a run is made of, and of the peer, by name."""
-    return {**machine.versions(), **({peer: metadata.version(peer)} if peer else {})}
+    return {**libraries.versions(), **({peer: metadata.version(peer)} if peer else {})}
 
 
 # ---------------------------------------------------------------------------------------------- peers
@@ -144,7 +145,7 @@ def peer(args):
     result = {
         "step_seconds": Clock.seconds,
         "trained_tokens": batches.trained_tokens(examples),
-        "peak_memory_gib": machine.peak_memory(torch.device("cuda:0")),
+        "peak_memory_gib": devices.peak_memory(torch.device("cuda:0")),
         "versions": versions(args.peer),
     }
     Path(args.result).write_text(json.dumps(result))
@@ -319,7 +320,7 @@ def main():
     if not results:
         sys.exit(1)
     steps = len(results[0][2]["step_seconds"])
-    device = machine.device_name(torch.device("cuda:0" if gpu else "cpu"))
+    device = devices.device_name(torch.device("cuda:0" if gpu else "cpu"))
     lines = [f"# {steps} steps of {train_qlora.ROWS_PER_STEP} rows on {device}", ""]
     lines += [*made_of(results), "", *table(results, args.epochs), ""]
     print("\n".join(lines))

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import download_model
-import machine
+from tuner.system import devices, libraries
 
 # As train_qlora.py does before its first product; the first one of pytest's process is another test's.
-machine.make_products_repeatable()
+devices.make_products_repeatable()
 # A shell that starts pytest in the background has it ignore SIGINT, and its children would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -103,7 +103,7 @@ def write_tiny_adapter(folder, base):
 
     import train_qlora
 
-    machine.import_libraries()  # loading shows no bar then, which a test would find among what it looks at
+    libraries.import_libraries()  # loading shows no bar then, which a test would find among what it looks at
     torch.manual_seed(1)
     model = train_qlora.add_lora(AutoModelForCausalLM.from_pretrained(base))
     for name, weight in model.named_parameters():
@@ -158,8 +158,8 @@ def disk_for(size):
 def other_writer(output):
     """Has another process write the folder `output` meanwhile, and kills it; gives its number."""
     script = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import whole_files\n"
-        f"with whole_files.only_writer({str(output)!r}):\n    print('there', flush=True); time.sleep(600)\n"
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from tuner.system import atomic\n"
+        f"with atomic.only_writer({str(output)!r}):\n    print('there', flush=True); time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_chat_rows import GOOD, plain
 
-import chat_rows
 import check
+from chat_rows import DataError
 from train_qlora import load_data
 
 FOLDER = Path(__file__).with_name("bad_rows")
@@ -82,7 +82,7 @@ def is_accepted(path, data):
     """Asserts that data is loaded as the rows that Python's json reads, or is refused in proper messages."""
     try:
         rows = loaded(path, data)
-    except chat_rows.DataError as error:
+    except DataError as error:
         shown, total = str(error).split("\n"), len(error.errors)
         if total > 20:
             assert shown.pop() == f"… and {total - 20} more"
@@ -103,7 +103,7 @@ def test_every_bad_file_has_its_messages_and_none_is_missing():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_bad_file_gives_exactly_its_messages(path):
-    with pytest.raises(chat_rows.DataError) as caught:
+    with pytest.raises(DataError) as caught:
         load_data(path)
     told = [line.removeprefix(f"{path}:") for line in str(caught.value).split("\n")]
     assert all(re.match(r"\d+: ", line) and line.isprintable() for line in told)

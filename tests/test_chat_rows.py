@@ -7,7 +7,9 @@ from xml.sax.saxutils import escape
 import pytest
 
 import chat_rows
+from chat_rows import DataError
 from train_qlora import load_data
+from tuner.system.console import printable
 
 USER = {"role": "user", "content": "Сколько у меня денег?"}
 ASSISTANT = {"role": "assistant", "content": "<call/>"}
@@ -99,7 +101,7 @@ def test_legal_files_give_their_rows_in_order(tmp_path, data):
 def errors_of(tmp_path, data):
     path = tmp_path / "rows.json"
     path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
-    with pytest.raises(chat_rows.DataError) as caught:
+    with pytest.raises(DataError) as caught:
         load_data(path)
     return caught.value.errors, str(caught.value)
 
@@ -333,10 +335,10 @@ def test_files_without_rows(tmp_path, data, line, says):
 
 @pytest.mark.parametrize("path", ["missing.json", "."])
 def test_a_file_that_cannot_be_read(path):
-    with pytest.raises(chat_rows.DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         load_data(path)
 
 
 def test_printable_text_is_one_line_without_control_characters():
-    assert chat_rows.printable("a\x1b[31mb\nc\u202ed") == "a\ufffd[31mb c\ufffdd"
-    assert len(chat_rows.printable("ж" * 100)) == 60
+    assert printable("a\x1b[31mb\nc\u202ed") == "a\ufffd[31mb c\ufffdd"
+    assert len(printable("ж" * 100)) == 60

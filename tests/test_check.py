@@ -19,10 +19,12 @@ import chat_rows
 import check
 import compare
 import download_model
-import machine
 import memory_estimate
 import train_qlora
 from benchmarks import random_gemma_4b
+from download_model import ModelError
+from tuner.system import devices
+from tuner.system.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
@@ -193,7 +195,7 @@ def test_without_any_tokenizer_one_line_says_what_to_install(monkeypatch, tmp_pa
     code = "import download_model; download_model.SMALL_PACKAGE = 'none'; download_model.build_tokenizer('x')"
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda args, **k: run([*args[:2], code], **k))
-    with pytest.raises(machine.RunError) as caught:
+    with pytest.raises(RunError) as caught:
         check.find_tokenizer("google/gemma-3-4b-it", online=False)
     assert str(caught.value).startswith("no tokenizer of google/gemma-3-4b-it is here, and the packages")
     assert str(caught.value).endswith("type: pip install -r requirements-rehearsal.txt")
@@ -206,7 +208,7 @@ def test_the_rows_shown_are_a_call_a_general_and_the_longest_or_those_asked_for(
     assert [line for line, _ in check.choose(rows, counts, None)] == [2, 5, 9]
     assert [line for line, _ in check.choose(rows, counts, [3, 9])] == [3, 9]
     assert check.choose(rows, counts, "all") == rows
-    with pytest.raises(machine.RunError, match="no row begins on line 4"):
+    with pytest.raises(RunError, match="no row begins on line 4"):
         check.choose(rows, counts, [3, 4])
 
 
@@ -338,7 +340,7 @@ def test_the_time_is_near_what_was_measured_and_grows_with_the_rows_and_on_small
 def test_access_says_what_stands_in_the_way(monkeypatch, error, marks):
     def ask(repo):
         if error:
-            raise download_model.ModelError(*error)
+            raise ModelError(*error)
         return "commit", []
 
     monkeypatch.setattr(download_model, "ask_hub", ask)
@@ -370,15 +372,15 @@ def test_a_model_folder_is_looked_into(tiny_text_model, tmp_path):
 def test_a_wrong_product_of_bitsandbytes_is_refused(monkeypatch, bits):
     import bitsandbytes
 
-    machine.check_product(bits, "cpu", torch.float32)
+    devices.check_product(bits, "cpu", torch.float32)
     if bits == 4:
         right = bitsandbytes.matmul_4bit
         monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *a, **k: right(*a, **k) * 1.1)
     else:
         right = bitsandbytes.nn.Linear8bitLt.forward
         monkeypatch.setattr(bitsandbytes.nn.Linear8bitLt, "forward", lambda self, x: right(self, x) * 1.2)
-    with pytest.raises(machine.RunError, match=f"multiplies wrongly in {bits} bits"):
-        machine.check_product(bits, "cpu", torch.float32)
+    with pytest.raises(RunError, match=f"multiplies wrongly in {bits} bits"):
+        devices.check_product(bits, "cpu", torch.float32)
 
 
 # ------------------------------------------------------------------------------------------- command

@@ -28,10 +28,10 @@ import adapter_folder
 import check
 import checkpoints
 import compare
-import machine
 import merge
 import train_qlora
-import whole_files
+from tuner.system import signals
+from tuner.system.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 8  # 20 rows: 2 for validation, 2 steps an epoch, 4 epochs
@@ -471,7 +471,7 @@ def test_a_second_ctrl_c_leaves_at_once(arguments, tmp_path):
 def test_what_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
-        with whole_files.asked_to_stop() as asked:
+        with signals.asked_to_stop() as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not asked
             os.kill(os.getpid(), signal.SIGTERM)
@@ -668,9 +668,7 @@ def test_a_loss_that_is_not_finite_or_explodes_stops_and_the_last_checkpoint_sta
 
 
 def test_at_the_first_step_the_model_is_to_blame():
-    with pytest.raises(
-        machine.RunError, match=r"^step 1: .* most likely the base model's weights are damaged: "
-    ):
+    with pytest.raises(RunError, match=r"^step 1: .* most likely the base model's weights are damaged: "):
         train_qlora.check_loss("loss", float("nan"), 10, 1, 1e-4)
 
 

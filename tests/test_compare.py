@@ -18,7 +18,9 @@ import chat_rows
 import compare
 import tool_call
 import train_qlora
-from machine import RunError
+from chat_rows import DataError
+from tuner.system import console
+from tuner.system.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = tool_call.write("get_sensitive_data", {})
@@ -115,7 +117,7 @@ def test_no_probe_stands_in_the_rows():
 def test_a_row_whose_call_cannot_be_read_is_an_error_with_its_line():
     for answer in ("<tool_call name='f'/>", f"Секунду.\n{CALL}", CALL + CALL):
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        with pytest.raises(chat_rows.DataError, match=r"^rows\.json:7: the call cannot be read"):
+        with pytest.raises(DataError, match=r"^rows\.json:7: the call cannot be read"):
             compare.expected_call("rows.json", 7, messages)
 
 
@@ -271,12 +273,12 @@ def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, capsys, mon
 
 
 def test_colour_only_on_a_terminal_that_wants_it(monkeypatch):
-    assert compare.paint("pass", 32) == "pass"
+    assert console.paint("pass", 32) == "pass"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert compare.paint("pass", 32) == "\x1b[32mpass\x1b[0m"
+    assert console.paint("pass", 32) == "\x1b[32mpass\x1b[0m"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert compare.paint("pass", 32) == "pass"
+    assert console.paint("pass", 32) == "pass"
 
 
 # ---------------------------------------------------------------------------------- damaged adapters

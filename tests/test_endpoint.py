@@ -17,7 +17,7 @@ import chat_rows
 import compare
 import endpoint
 import tool_call
-from machine import RunError
+from tuner.system.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "get_sensitive_data"

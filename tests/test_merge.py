@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 import compare
 import download_model
 import merge
-import whole_files
-from machine import RunError
+from tuner.system import signals
+from tuner.system.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = {
@@ -294,7 +294,7 @@ def merge_for_ever(adapter, output):
         while True:  # a single long sleep would not notice a signal that came just before it
             time.sleep(0.01)
 
-    whole_files.leave_on_signals()
+    signals.leave_on_signals()
     merge.prove_weights = work
     merge_in_a_process(adapter, output)
 

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 import chat_completions
 import compare
 import serve
-from machine import RunError
 from tool_call import Call
+from tuner.system.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = [{"type": "function", "function": {"name": "get_sensitive_data", "parameters": {"type": "object"}}}]

@@ -18,9 +18,11 @@ from torch.nn.functional import cross_entropy
 
 import adapter_folder
 import chat_rows
-import machine
 import train_qlora
 from benchmarks import random_gemma_4b
+from chat_rows import DataError
+from tuner.system import devices, hardware
+from tuner.system.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True)
@@ -167,7 +169,7 @@ def test_a_row_over_the_limit_is_an_error_with_its_line(tmp_path, tokenizer):
     long = {"messages": [turn("user", "я" * 2040), turn("assistant", "да")]}
     short = {"messages": [turn("user", "я"), turn("assistant", "да")]}
     path.write_text("\n" + json.dumps(short) + "\n" + json.dumps(long) + "\n")
-    with pytest.raises(chat_rows.DataError) as caught:
+    with pytest.raises(DataError) as caught:
         train_qlora.tokenise_rows(path, train_qlora.load_data(path), tokenizer)
     assert str(caught.value) == (
         f"{path}:3: the row has 2060 tokens, more than 2048; shorten it or split it in two"
@@ -359,7 +361,9 @@ def test_weights_in_one_are_the_models_own_and_so_are_their_gradients(tiny_text_
 
 
 def test_libraries_are_imported_with_garbage_left_alone_and_looked_for_again_after_it():
-    script = "import gc, machine; machine.import_libraries('datasets'); import sys; "
+    script = (
+        "import gc; from tuner.system import libraries; libraries.import_libraries('datasets'); import sys; "
+    )
     script += "print('datasets' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 10_000)"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.split() == ["True", "True", "True"]
@@ -403,7 +407,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_text_model, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(machine.RunError, match=r"lacks weights \(model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(RunError, match=r"lacks weights \(model.layers.1.mlp.up_proj.weight"):
         loaded(str(folder))
 
 
@@ -639,9 +643,9 @@ def fake_cuda(monkeypatch, available=True, capability=(8, 9), bf16=True, cuda="1
 
 def test_bf16_where_the_gpu_has_it_and_fp32_on_a_t4(monkeypatch):
     fake_cuda(monkeypatch)
-    assert machine.gpu_dtype() == torch.bfloat16
+    assert devices.gpu_dtype() == torch.bfloat16
     fake_cuda(monkeypatch, capability=(7, 5), bf16=False)
-    assert machine.gpu_dtype() == torch.float32
+    assert devices.gpu_dtype() == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -654,18 +658,18 @@ def test_bf16_where_the_gpu_has_it_and_fp32_on_a_t4(monkeypatch):
 )
 def test_without_a_usable_gpu_one_line_names_the_cures(monkeypatch, cuda, driver, says):
     fake_cuda(monkeypatch, available=False, cuda=cuda)
-    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if driver else None)
-    monkeypatch.setattr(machine.os.path, "exists", lambda path: False)
-    with pytest.raises(machine.RunError, match=says) as caught:
-        machine.gpu_dtype()
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if driver else None)
+    monkeypatch.setattr(hardware.os.path, "exists", lambda path: False)
+    with pytest.raises(RunError, match=says) as caught:
+        devices.gpu_dtype()
     assert "\n" not in str(caught.value)
     assert "python train_qlora.py --rehearse" in str(caught.value)
 
 
 def test_a_gpu_too_old_is_refused(monkeypatch):
     fake_cuda(monkeypatch, capability=(6, 1))
-    with pytest.raises(machine.RunError, match=r"too old \(compute capability 6.1\)"):
-        machine.gpu_dtype()
+    with pytest.raises(RunError, match=r"too old \(compute capability 6.1\)"):
+        devices.gpu_dtype()
 
 
 def test_what_fits_the_memory_is_said_and_what_does_not_is_refused(monkeypatch, tmp_path, capsys):
@@ -696,11 +700,11 @@ def test_what_fits_the_memory_is_said_and_what_does_not_is_refused(monkeypatch, 
     ]:
         if arguments[0] is None:
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 24 * 2**30))
-        with pytest.raises(machine.RunError, match=says):
+        with pytest.raises(RunError, match=says):
             plan(*arguments)
     fake_cuda(monkeypatch, capability=(7, 5), bf16=False)
     assert plan(None, 49) is None
-    with pytest.raises(machine.RunError, match="--memory needs a GPU with bf16"):
+    with pytest.raises(RunError, match="--memory needs a GPU with bf16"):
         plan(12, 49)
 
 
@@ -990,7 +994,7 @@ def test_too_little_disk_and_a_full_gpu_are_one_line(monkeypatch, tmp_path, caps
     usage = shutil.disk_usage(tmp_path)._replace(free=10**8)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(machine.RunError, match=r"0.10 GB of free disk, the run may need 1.5"):
+        with pytest.raises(RunError, match=r"0.10 GB of free disk, the run may need 1.5"):
             adapter_folder.check("out", resume=False)
         adapter_folder.check("out", resume=True)
 

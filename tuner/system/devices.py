@@ -1,48 +1,18 @@
-"""What this machine is: whether its GPU can train, its name, its memory, the versions of the libraries."""
+"""The CPU or GPU that torch computes on: what it can do, and how much memory was used."""
 
-import gc
-import importlib
-import io
 import os
-import shutil
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from tuner.system import hardware, libraries
+from tuner.system.errors import RunError
 
 MIN_COMPUTE_CAPABILITY = (7, 5)  # Turing: the oldest GPU with the int8 units that 8-bit layers use
 
 
-class RunError(Exception):
-    """Something that the user can mend; its text is one line with the cure."""
-
-
-HOST_MEMORY = 10e9  # bytes, measured with Gemma-3-4b: 8.6 of them are its file, mapped and soon let go
-REHEARSAL_MEMORY = 5e9  # bytes, measured
 # How far bitsandbytes' products may be from plain ones, relative to these; rounding gives a tenth of it.
 TOLERANCE = {4: 0.02, 8: 0.1}
-
-
-def has_driver():
-    """Whether this machine has an NVIDIA driver."""
-    return os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
-
-
-@contextmanager
-def without_torch():
-    """Has transformers import no torch meanwhile, if nothing has before and no GPU is there to be checked."""
-    if "torch" in sys.modules or has_driver():
-        yield
-        return
-    sys.modules["torch"] = None
-    quieted = "TRANSFORMERS_VERBOSITY" not in os.environ
-    if quieted:
-        os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # or it says on import that it found none
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-        if quieted:
-            del os.environ["TRANSFORMERS_VERBOSITY"]
 
 
 def gpu_dtype():
@@ -56,7 +26,7 @@ def gpu_dtype():
         available = torch.cuda.is_available()
     if not available:
         cure = "or rehearse on this CPU: python train_qlora.py --rehearse"
-        driver = has_driver()
+        driver = hardware.has_driver()
         if driver and torch.version.cuda is None:
             raise RunError(
                 f"torch {torch.__version__} is built for CPUs only, but this machine has an NVIDIA driver; "
@@ -78,11 +48,6 @@ def gpu_dtype():
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
-def is_out_of_memory(error):
-    """Whether torch says that a GPU's memory is full; whoever asks need not have imported torch."""
-    return type(error).__name__ == "OutOfMemoryError"
-
-
 def check_product(bits, device, dtype):
     """Multiplies by a matrix quantised to 4 or 8 bits, once plainly and once through bitsandbytes.
 
@@ -90,9 +55,9 @@ def check_product(bits, device, dtype):
     """
     import torch
 
-    cure = "reinstall it: pip install --force-reinstall bitsandbytes==" + versions()["bitsandbytes"]
+    cure = "reinstall it: pip install --force-reinstall bitsandbytes==" + libraries.versions()["bitsandbytes"]
     try:
-        quiet_bitsandbytes()
+        libraries.quiet_bitsandbytes()
         import bitsandbytes
         from bitsandbytes import functional
 
@@ -117,7 +82,7 @@ def check_product(bits, device, dtype):
 
 def check_gpu():
     """Returns [(mark, text), …] of this machine's GPU: ✓, ✗ with the cure, or – for none."""
-    if not has_driver():
+    if not hardware.has_driver():
         return [("–", "GPU: none on this machine; checking and rehearsing need none")]
     try:
         dtype = gpu_dtype()
@@ -137,50 +102,6 @@ def check_gpu():
         except RunError as error:
             lines.append(("✗", f"{bits} bits: {error}"))
     return lines
-
-
-def check_memory():
-    """Returns [(mark, text)] of this machine's memory."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    needed, work = (HOST_MEMORY, "training") if has_driver() else (REHEARSAL_MEMORY, "the rehearsal")
-    text = f"memory: {free / 1e9:.0f} GB free, {work} takes {needed / 1e9:.0f}"
-    return [("✓", text) if free >= needed else ("✗", text + "; close other programs")]
-
-
-def quiet_bitsandbytes():
-    """Silences by name, before bitsandbytes is imported, what no user of it here can act on."""
-    import logging
-
-    # "inputs will be cast from bfloat16 to float16", at every call: its 8-bit kernels are made so. And, on
-    # CPUs with AVX512-BF16, that a faster kernel is not there: load_model turns these kernels off.
-    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def import_libraries(*more):
-    """Imports what a model stands on, and silences by name what it says that no user can act on.
-
-    Python looks for garbage meanwhile and finds none. Without that the imports take a fifth less; and as it
-    does not look among them later, the interpreter exits in 0.15 s, not in 1.
-    """
-    quiet_bitsandbytes()
-    wanted = ("torch", "bitsandbytes", "peft", "transformers.models.gemma3.modeling_gemma3", *more)
-    if wanted := [name for name in wanted if name not in sys.modules]:
-        gc.disable()
-        try:
-            for name in wanted:
-                importlib.import_module(name)
-        finally:
-            gc.freeze()
-            gc.enable()
-
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # what it reports on loading is checked in load_model
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
 
 
 @contextmanager
@@ -210,26 +131,6 @@ def make_products_repeatable():
         os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 
-def outlive_the_terminal():
-    """Has what is printed after a connection dropped or a pipe closed be lost, instead of ending the run."""
-
-    class Steady(io.TextIOWrapper):
-        def write(self, text):
-            with suppress(OSError):
-                super().write(text)
-                super().flush()  # stdout and stderr stay in the order in which they were written
-            return len(text)
-
-        def flush(self):
-            with suppress(OSError):
-                super().flush()
-
-    for name in ("stdout", "stderr"):
-        old = getattr(sys, name)
-        encoding, errors = old.encoding, old.errors
-        setattr(sys, name, Steady(old.detach(), encoding=encoding, errors=errors))
-
-
 def device_name(device):
     import torch
 
@@ -254,10 +155,3 @@ def peak_memory(device):
 def told(memory):
     """Returns what peak_memory found as text."""
     return ", ".join(f"{kind} {gib:.2f} GiB at most" for kind, gib in memory.items())
-
-
-def versions():
-    from importlib.metadata import version
-
-    names = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface-hub"]
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
