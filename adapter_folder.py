@@ -9,7 +9,7 @@ import checkpoints
 from checkpoints import CONFIG, WEIGHTS
 from tuner.system import atomic
 from tuner.system.console import printable
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 # What a base's tokenizer consists of; it goes along as it is.
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -52,18 +52,18 @@ def plot(history, path):
 
 
 def check(output, resume):
-    """Raises RunError if the output folder cannot be written, or holds something that is not a run's.
+    """Raises UserError if the output folder cannot be written, or holds something that is not a run's.
 
     Or if the disk is too small, but not for one that is resumed: it may have no more than its end to write.
     """
     output = Path(output)
     ours = is_finished(output) or is_unfinished(output)
     if output.exists() and not ours and not atomic.is_empty_folder(output):
-        raise RunError(f"{output} is there and holds no adapter; name another folder with --output")
+        raise UserError(f"{output} is there and holds no adapter; name another folder with --output")
     parent = atomic.check_parent(output)
     free = shutil.disk_usage(output if ours else parent).free
     if free < DISK_NEEDED and not resume:
-        raise RunError(
+        raise UserError(
             f"{parent} has {free / 1e9:.2f} GB of free disk, the run may need {DISK_NEEDED / 1e9:.1f}; "
             "free some, or name a folder on another disk with --output"
         )
@@ -88,7 +88,7 @@ def make_room(output):
     """Makes the folder ready for a new run: what is left of an unfinished one is removed.
 
     A finished adapter is kept as output.1, output.2, …, without its checkpoints; returns that path, or None.
-    Raises RunError if it cannot be.
+    Raises UserError if it cannot be.
     """
     output = Path(output)
     earlier = None
@@ -103,7 +103,7 @@ def make_room(output):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (output / checkpoints.FOLDER).mkdir(parents=True)
     except OSError as error:
-        raise RunError(
+        raise UserError(
             f"{output} cannot be made ready ({error.strerror}); name another with --output"
         ) from error
     if earlier:
@@ -138,7 +138,7 @@ def write(output, model, base, run):
     """Writes adapter, tokenizer, plot and run.json aside, reads the adapter back, and moves all into place.
 
     The adapter's config comes last: without it, no folder holds an adapter. `base` is the folder of the base.
-    Raises OSError if it cannot be written, RunError if a LoRA weight read back differs from the trained one,
+    Raises OSError if it cannot be written, UserError if a LoRA weight read back differs from the trained one,
     or an expected lora_B is zero.
     """
     import torch
@@ -163,14 +163,14 @@ def write(output, model, base, run):
         read_back = load((part / WEIGHTS).read_bytes())
         targets = [name for name, module in model.named_modules() if hasattr(module, "lora_B")]
         if set(read_back) != set(trained) or sum("lora_B" in name for name in read_back) != len(targets):
-            raise RunError(f"{part}: the adapter read back lacks weights; free the disk and run again")
+            raise UserError(f"{part}: the adapter read back lacks weights; free the disk and run again")
         for name, tensor in read_back.items():
             if not tensor.isfinite().all():
-                raise RunError(f"{part}: {name} is not finite; train with a lower --learning-rate")
+                raise UserError(f"{part}: {name} is not finite; train with a lower --learning-rate")
             if not torch.equal(tensor, trained[name].cpu()):
-                raise RunError(f"{part}: {name} read back differs from what was trained; check the disk")
+                raise UserError(f"{part}: {name} read back differs from what was trained; check the disk")
             if "lora_B" in name and not tensor.any():
-                raise RunError(
+                raise UserError(
                     f"{part}: {name} is all zeros, nothing was learned there; train for more steps"
                 )
         for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
@@ -182,42 +182,42 @@ def write(output, model, base, run):
 def read_settings(folder):
     """Returns (config, run): adapter_config.json as a dict, and run.json's, {} if there is none.
 
-    No weight is read but the file's header. Raises RunError if the folder holds no adapter, or a damaged one.
+    No weight is read but the file's header. Raises UserError if the folder holds no adapter, or a damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunError(f"{folder} is not there; train an adapter first: python train_qlora.py")
+        raise UserError(f"{folder} is not there; train an adapter first: python train_qlora.py")
     if not is_finished(folder):
         if checkpoints.places(folder):
             resume = f"python train_qlora.py --output {shlex.quote(str(folder))} --resume"
-            raise RunError(f"{folder} holds an unfinished run; go on: {resume}")
-        raise RunError(f"{folder} holds no adapter ({CONFIG} is missing); {AGAIN}")
+            raise UserError(f"{folder} holds an unfinished run; go on: {resume}")
+        raise UserError(f"{folder} holds no adapter ({CONFIG} is missing); {AGAIN}")
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         method = printable(str(config.get("peft_type")))
-        raise RunError(f"{folder} was made by the method {method}, not by LoRA; {AGAIN}")
+        raise UserError(f"{folder} was made by the method {method}, not by LoRA; {AGAIN}")
     for name in RUN_OR_UNPICKLED:
         if config.get(name):
-            raise RunError(f"{folder}/{CONFIG} has a {name}, which may run any code; {AGAIN}")
+            raise UserError(f"{folder}/{CONFIG} has a {name}, which may run any code; {AGAIN}")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise RunError(f"{folder}/{CONFIG} names no base model; {AGAIN}")
+        raise UserError(f"{folder}/{CONFIG} names no base model; {AGAIN}")
     if not (folder / WEIGHTS).is_file():
         pickle = (folder / "adapter_model.bin").is_file()
         reason = "only a pickle, which is never read: it may run any code" if pickle else f"no {WEIGHTS}"
-        raise RunError(f"{folder} holds {reason}; {AGAIN}")
+        raise UserError(f"{folder} holds {reason}; {AGAIN}")
     try:
         with safe_open(folder / WEIGHTS, "pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{folder}/{WEIGHTS} is damaged ({printable(str(error))}); {AGAIN}") from error
+        raise UserError(f"{folder}/{WEIGHTS} is damaged ({printable(str(error))}); {AGAIN}") from error
     return config, read_json(folder / "run.json")
 
 
 def read_json(path, cure=AGAIN):
-    """Returns the object that a JSON file holds, {} if there is no file; raises RunError if it is damaged."""
+    """Returns the object in a JSON file, {} if there is no file; raises UserError if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -226,14 +226,14 @@ def read_json(path, cure=AGAIN):
             raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         reason = printable(str(error))
-        raise RunError(f"{path} is damaged ({reason}); {cure}") from error
+        raise UserError(f"{path} is damaged ({reason}); {cure}") from error
     return value
 
 
 def check_weights(folder, base, revision):
     """Checks an adapter's tensors against those that its config gives on the model in the folder `base`.
 
-    `revision` is the base's, or None. Raises RunError for an adapter of another base, one that lacks a module
+    `revision` is the base's, or None. Raises UserError for one of another base, one that lacks a module
     or has another rank, or one with a weight that is not finite or a lora_B that is all zeros.
     """
     import torch
@@ -245,7 +245,7 @@ def check_weights(folder, base, revision):
     _, run = read_settings(folder)
     if revision and run.get("revision") and run["revision"] != revision:
         versions = f"{printable(str(run['revision']), 12)}, {base} holds {printable(revision, 12)}"
-        raise RunError(f"{other} (revision {versions}); fetch that one, or {AGAIN}")
+        raise UserError(f"{other} (revision {versions}); fetch that one, or {AGAIN}")
     try:
         config = PeftConfig.from_pretrained(folder)
         config.base_model_name_or_path = str(base)  # a hub's name, and PEFT would warn of the cache's path
@@ -254,27 +254,27 @@ def check_weights(folder, base, revision):
             expected = get_peft_model_state_dict(get_peft_model(model, config))
     except (ValueError, TypeError, KeyError) as error:
         reason = printable(str(error), 100)
-        raise RunError(f"{folder}/{CONFIG} does not fit {base} ({reason}); {AGAIN}") from error
+        raise UserError(f"{folder}/{CONFIG} does not fit {base} ({reason}); {AGAIN}") from error
     with safe_open(Path(folder) / WEIGHTS, "pt") as file:
         found = set(file.keys())
         if extra := sorted(found - set(expected)):
-            raise RunError(f"{other}: {base} has no place for {extra[0]}; {AGAIN}")
+            raise UserError(f"{other}: {base} has no place for {extra[0]}; {AGAIN}")
         for name in sorted(found):
             # lora_A is (rank, width of the input), lora_B (width of the output, rank).
             shape, wanted = file.get_slice(name).get_shape(), list(expected[name].shape)
             rank = 0 if "lora_A" in name else 1
             if shape[1 - rank] != wanted[1 - rank]:
                 widths = f"{shape[1 - rank]} wide, in {base} {wanted[1 - rank]}"
-                raise RunError(f"{other}: {name} is {widths}; {AGAIN}")
+                raise UserError(f"{other}: {name} is {widths}; {AGAIN}")
             if shape != wanted:
                 ranks = f"rank {shape[rank]}, {CONFIG} says {wanted[rank]}"
-                raise RunError(f"{damaged}: {name} has {ranks}; {AGAIN}")
+                raise UserError(f"{damaged}: {name} has {ranks}; {AGAIN}")
         if missing := sorted(set(expected) - found):
-            raise RunError(f"{damaged}: {missing[0]} and {len(missing) - 1} more are missing; {AGAIN}")
+            raise UserError(f"{damaged}: {missing[0]} and {len(missing) - 1} more are missing; {AGAIN}")
         for name in sorted(found):
             tensor = file.get_tensor(name)
             if not tensor.isfinite().all():
-                raise RunError(f"{damaged}: {name} is not finite; {AGAIN}")
+                raise UserError(f"{damaged}: {name} is not finite; {AGAIN}")
             if "lora_B" in name and not tensor.any():
                 cure = f"take a later checkpoint, or {AGAIN}"
-                raise RunError(f"{folder}: {name} is all zeros, nothing was learned there; {cure}")
+                raise UserError(f"{folder}: {name} is all zeros, nothing was learned there; {cure}")

@@ -10,9 +10,8 @@ from typing import Annotated, Literal, NamedTuple
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import chat_rows
 import compare
-import tool_call
+from tuner.data import chat_rows, tool_call
 from tuner.system.console import printable
 
 NEW_TOKENS = 512  # of an answer, where the request names no other number

@@ -8,53 +8,32 @@ Exits with 0 if the rows can be trained on, 1 if not (--strict: if anything is f
 """
 
 import argparse
-import difflib
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
 import threading
-import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import adapter_folder
-import chat_rows
 import compare
 import cuda_graphs
 import download_model
 import memory_estimate
-import tool_call
 import train_qlora
-from chat_rows import DataError
-from download_model import ModelError
+from tuner.data import chat_rows, chat_text, row_faults, row_warnings
 from tuner.system import console, devices, hardware, libraries
 from tuner.system.console import printable
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError, rows_error
 
 GPU_PRICE = 60  # an hour, in whatever currency: roubles for an RTX 4090 at the time of writing
-ROWS_AT_ONCE = 1000  # tokenised together, and only counted after that
 SHOWN_OF_A_KIND = 20  # warnings
 TOKENIZER_FOLDER = "gemma-3-tokenizer"  # made of the small model's package where no model is there
 CARDS = (8, 12, 16, 24, 48)  # GiB
-
-# Near-duplicates: the likeness of two prompts is that of their sets of CHUNK letters (Jaccard), guessed from
-# BANDS × HASHES minima of random hashes (MinHash, Broder 1997) and then worked out.
-ALIKE = 0.8
-CHUNK = 4
-BANDS, HASHES = 12, 4
-MINORITY = 1 / 3  # a smaller share of rows with, or without, a call teaches "always", or "never"
-SPELT_ALIKE = 0.75  # difflib's ratio of two names: one letter in four may differ
-RARE = 10  # a spelling that another one, nearly the same, outnumbers so many times is a slip
-LATIN, CYRILLIC = "aceopxykABCEHKMOPTXY", "асеорхукАВСЕНКМОРТХУ"  # which look alike
-
-ODD = re.compile(r"[^\w !-~«»—–…]")  # what may be invisible
-TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa-z]*", re.IGNORECASE)  # in a word
 
 # Training's seconds, measured with an H100 (torch 2.11), 40 steps of 16 short rows, by number of bits. A
 # micro-batch is some ten thousand small kernels, whatever it holds, and 4 operations a weight and token: 2
@@ -67,153 +46,6 @@ PUBLISHED = {"H100": (989, 80), "A100": (312, 40), "RTX 4090": (165, 24), "L4": 
 PUBLISHED |= {"A10": (125, 24), "RTX 3090": (71, 24), "T4": (8.1, 16)}
 MEASURED_ON, WITHOUT_BF16 = "H100", "T4"
 ALONE = SimpleNamespace(process_index=0, num_processes=1)  # one GPU
-
-
-# ---------------------------------------------------------------------------------------------- rows
-
-
-def prompt_of(row):
-    """Returns the turns that a row's last answer is asked by, in their plain form."""
-    return "\n".join(chat_rows.normalised(m["content"]) for m in row["messages"][:-1])
-
-
-def warnings(rows, probes=(), held_out=()):
-    """Returns [(line, kind, text), …], in order, for what is legal in [(line, row), …] and yet wrong.
-
-    probes are prompts, held_out is rows like these; neither may be trained on.
-    """
-    found = [
-        *warn_of_prompts(rows, probes, held_out),
-        *(w for line, row in rows for w in warn_of_text(line, row)),
-        *warn_of_calls(rows),
-        *warn_of_balance(rows),
-    ]
-    return sorted(found, key=lambda warning: warning[0])
-
-
-def warn_of_prompts(rows, probes, held_out):
-    """Yields warnings of prompts that come twice, nearly twice, or that are to judge the tuned model."""
-    first, answers = {}, defaultdict(set)
-    judges = {chat_rows.normalised(prompt): "a probe of compare.py" for prompt in probes}
-    judges |= {prompt_of(row): f"line {line} of the held-out rows" for line, row in held_out}
-    for line, row in rows:
-        prompt, answer = prompt_of(row), row["messages"][-1]["content"]
-        if prompt in judges:
-            yield line, "judge", f"the prompt is {judges[prompt]} too, which then proves nothing"
-        if prompt not in first:
-            first[prompt] = line
-        elif answer in answers[prompt]:
-            yield line, "duplicate", f"the same row as line {first[prompt]}"
-        else:
-            yield line, "contradiction", f"the same prompt as line {first[prompt]} with another answer"
-        answers[prompt].add(answer)
-    lines = list(first.values())
-    for one, other, likeness in near_duplicates(list(first)):
-        text = f"nearly the prompt of line {lines[one]} ({likeness:.0%} alike)"
-        yield lines[other], "near-duplicate", text
-
-
-def near_duplicates(texts):
-    """Yields (i, j, Jaccard index) with i < j for texts that are ALIKE, each j once."""
-    import numpy
-
-    chance = numpy.random.default_rng(train_qlora.SEED)
-    factors = chance.integers(1, 2**63, BANDS * HASHES, dtype=numpy.uint64) * 2 + 1  # odd: multiply-shift
-    buckets, told = {}, set()
-    for start in range(0, len(texts), ROWS_AT_ONCE):
-        chunks = [chunks_of(text) for text in texts[start : start + ROWS_AT_ONCE]]
-        hashes = [zlib.crc32(chunk.encode("utf-8", "surrogatepass")) for set_ in chunks for chunk in set_]
-        hashes = numpy.array(hashes, dtype=numpy.uint64)
-        begins = numpy.cumsum([0, *map(len, chunks[:-1])])
-        minima = [numpy.minimum.reduceat(hashes * factor >> 32, begins) for factor in factors]
-        minima = numpy.array(minima, dtype=numpy.uint32).T.reshape(len(chunks), BANDS, HASHES).copy()
-        for j, (mine, bands) in enumerate(zip(chunks, minima, strict=True), start):
-            for band in range(BANDS):
-                i = buckets.setdefault((band, bands[band].tobytes()), j)
-                if i != j and j not in told:
-                    other = chunks_of(texts[i])
-                    likeness = len(other & mine) / len(other | mine)
-                    if likeness >= ALIKE:
-                        told.add(j)
-                        yield i, j, likeness
-
-
-def chunks_of(text):
-    return {text[k : k + CHUNK] for k in range(max(1, len(text) - CHUNK + 1))}
-
-
-def warn_of_text(line, row):
-    """Yields warnings of letters that no one sees, in any turn of a row."""
-    for number, message in enumerate(row["messages"], 1):
-        text = message["content"]
-        if text != text.strip():
-            yield line, "blanks", f"turn {number} begins or ends with blanks, which are not learned"
-        hidden = {m[0] for m in ODD.finditer(text) if is_invisible(m[0], text[: m.start()])}
-        if hidden:
-            names = ", ".join(unicodedata.name(c, f"U+{ord(c):04X}") for c in sorted(hidden))
-            yield line, "invisible", f"turn {number} holds an invisible character: {names}"
-        for word in TWO_SCRIPTS.findall(text):
-            if mixed := look_alikes(word):
-                yield line, "look-alikes", f'turn {number}: in "{word}" {mixed}'
-
-
-def is_invisible(character, before):
-    """Whether a character shows nothing, or no more than a space does; emoji may be joined by one."""
-    if unicodedata.category(character) in ("Zs", "Zl", "Zp"):
-        return character != " "
-    if character == "\u200d" and before and unicodedata.category(before[-1]) in ("So", "Sk", "Mn"):
-        return False
-    return unicodedata.category(character) in ("Cf", "Cc", "Co", "Cn") and character not in "\n\t"
-
-
-def look_alikes(word):
-    """Says which letters of a word are of another script and look like its own; None if there are none."""
-    latin = [c for c in word if c.isascii()]
-    cyrillic = [c for c in word if not c.isascii()]
-    few, script = min((latin, "Latin"), (cyrillic, "Cyrillic"), key=lambda pair: len(pair[0]))
-    if few and all(c in (LATIN if script == "Latin" else CYRILLIC) for c in few):
-        return f"{', '.join(dict.fromkeys(few))} {'are' if len(set(few)) > 1 else 'is'} {script}"
-    return None
-
-
-def warn_of_calls(rows):
-    """Yields warnings of calls that are none, have words around them, or are spelt unlike the others."""
-    names, keys = defaultdict(list), defaultdict(list)
-    for line, row in rows:
-        for number, message in enumerate(row["messages"], 1):
-            if message["role"] != "assistant":
-                continue
-            text = message["content"].strip()
-            if not tool_call.trace(text):
-                continue
-            call, reason = tool_call.parse(text)
-            if call is None:
-                yield line, "call", f"turn {number}: the call cannot be read as one ({reason})"
-                continue
-            if call.deviations:
-                yield line, "call", f"turn {number}: the call has {', '.join(call.deviations)}"
-            names[call.name].append(line)
-            for key in call.arguments:
-                keys[key].append(line)
-    for what, spellings in (("call's name", names), ("argument", keys)):
-        for rare, lines in spellings.items():
-            for usual, others in spellings.items():
-                if len(lines) * RARE <= len(others) and spelt_alike(rare, usual):
-                    text = f'the {what} is "{rare}", and "{usual}" in {len(others)} other places'
-                    yield from ((line, "spelling", text) for line in lines)
-
-
-def spelt_alike(one, other):
-    return difflib.SequenceMatcher(None, one.casefold(), other.casefold()).ratio() >= SPELT_ALIKE
-
-
-def warn_of_balance(rows):
-    """Yields a warning where fewer than a third of the rows have a call, or have none."""
-    calls = sum(train_qlora.has_call(row["messages"]) for _, row in rows)
-    if min(calls, len(rows) - calls) < MINORITY * len(rows):
-        few, teaches = ("with", "never call") if calls < len(rows) / 2 else ("without", "always call")
-        share = f"{min(calls, len(rows) - calls)} of {len(rows)} rows are {few} a call"
-        yield 1, "balance", f"{share}, fewer than a third; such rows teach to {teaches}: aim at half and half"
 
 
 def show_warnings(path, rows, found):
@@ -236,7 +68,7 @@ def show_warnings(path, rows, found):
 def find_tokenizer(model, online):
     """Returns (tokenizer, where it is from): the model's own, or else the small model's, which is the same.
 
-    online: whether the hub may be asked for a model that is not here. Raises RunError if there is none.
+    online: whether the hub may be asked for a model that is not here. Raises UserError if there is none.
     """
     with libraries.without_torch():  # tokenising needs none, and importing it takes longer than all the rest
         from transformers import logging
@@ -258,8 +90,8 @@ def find_tokenizer(model, online):
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
             )  # fmt: skip
             if made.returncode:
-                reason = made.stderr.strip().split("\n")[-1].removeprefix("download_model.ModelError: ")
-                raise RunError(f"no tokenizer of {model} is here, and {reason}")
+                reason = made.stderr.strip().split("\n")[-1].removeprefix("tuner.system.errors.UserError: ")
+                raise UserError(f"no tokenizer of {model} is here, and {reason}")
             small = TOKENIZER_FOLDER
         return train_qlora.load_tokenizer(small), f"./{small}, the same as Gemma-3-4b's"
 
@@ -271,8 +103,8 @@ def is_tokenizer(folder):
 def count_tokens(rows, tokenizer):
     """Returns [(tokens, trained tokens), …] of the rows, by the function that training uses."""
     counts = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        messages = [row["messages"] for _, row in rows[start : start + ROWS_AT_ONCE]]
+    for start in range(0, len(rows), row_warnings.ROWS_AT_ONCE):
+        messages = [row["messages"] for _, row in rows[start : start + row_warnings.ROWS_AT_ONCE]]
         batch = train_qlora.preprocess_function({"messages": messages}, tokenizer)
         counts += [(len(labels), len(labels) - labels.count(-100)) for labels in batch["labels"]]
     return counts
@@ -284,7 +116,7 @@ def pieces(row, tokenizer):
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     texts = [token.replace("▁", " ") for token in tokenizer.convert_ids_to_tokens(ids)]
     # No text of a row holds a control token, so these are the template's.
-    return [(t, x != -100, t in chat_rows.CONTROL_TOKENS) for t, x in zip(texts, labels, strict=True)]
+    return [(t, x != -100, t in row_faults.CONTROL_TOKENS) for t, x in zip(texts, labels, strict=True)]
 
 
 def show_labels(rows, tokenizer):
@@ -293,7 +125,7 @@ def show_labels(rows, tokenizer):
     for line, row in rows:
         tokens = pieces(row, tokenizer)
         trained = sum(t for _, t, _ in tokens)
-        kind = "a call" if train_qlora.has_call(row["messages"]) else "general"
+        kind = "a call" if chat_text.has_call(row["messages"]) else "general"
         print(f"\nline {line}: {kind}, {len(tokens)} tokens, {trained} trained")
         text, before = "", False
         for piece, learned, special in tokens:
@@ -310,16 +142,16 @@ def show_labels(rows, tokenizer):
 def choose(rows, counts, wanted):
     """Returns the rows to show: those on the lines asked for, all, or a call, a general and the longest one.
 
-    Raises RunError for a line that has no row.
+    Raises UserError for a line that has no row.
     """
     if wanted == "all":
         return rows
     if wanted:
         lines = {line for line, _ in rows}
         if missing := sorted(set(wanted) - lines):
-            raise RunError(f"--rows: no row begins on line {missing[0]}; name lines of the file")
+            raise UserError(f"--rows: no row begins on line {missing[0]}; name lines of the file")
         return [pair for pair in rows if pair[0] in wanted]
-    calls = [train_qlora.is_call(row["messages"]) for _, row in rows]
+    calls = [chat_text.is_call(row["messages"]) for _, row in rows]
     places = {calls.index(True)} if True in calls else set()
     places |= {calls.index(False)} if False in calls else set()
     places.add(max(range(len(rows)), key=lambda i: counts[i][0]))
@@ -333,7 +165,7 @@ def plan(rows, counts):
     """Returns what training will do, as a dict of its numbers, and [text, …] of what is off about it."""
     plain = [row for _, row in rows]
     training, validation = train_qlora.split_rows(plain)
-    calls = [train_qlora.is_call(row["messages"]) for row in plain]
+    calls = [chat_text.is_call(row["messages"]) for row in plain]
     epoch = [[counts[i][0] for i in step] for step in train_qlora.steps_of(1, training)]
     steps = train_qlora.EPOCHS * len(epoch)
     numbers = {
@@ -427,7 +259,7 @@ def access(model, offline):
             _, files = download_model.ask_hub(model)
             download = sum(file.size for file in files)
             lines += [token, ("✓", f"licence: accepted, {model} may be downloaded ({download / 1e9:.1f} GB)")]
-        except ModelError as error:
+        except UserError as error:
             lines += [token] if error.about != "token" else []
             lines.append(("✗", f"{error.about}: {error}"))
             lines += [("–", "licence: not known before that")] if error.about != "licence" else []
@@ -471,7 +303,7 @@ def main():
     args = parse_arguments()
     try:
         sys.exit(run(args))
-    except (RunError, DataError, ModelError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -496,14 +328,14 @@ def run(args):
 
     asking = threading.Thread(target=ask, daemon=True)  # the hub is asked while the rows are looked at
     asking.start()
-    calls = sum(train_qlora.has_call(row["messages"]) for _, row in rows)
+    calls = sum(chat_text.has_call(row["messages"]) for _, row in rows)
     print(
         f"rows       {len(rows)} of {args.data}: {calls} with a call, {len(rows) - calls} without", flush=True
     )
     held_out = []
     if Path(compare.HELD_OUT).exists() and Path(compare.HELD_OUT).resolve() != Path(args.data).resolve():
         held_out = chat_rows.read(compare.HELD_OUT)
-    found = warnings(rows, [prompt for prompt, _ in compare.PROBES], held_out)
+    found = row_warnings.warnings(rows, [prompt for prompt, _ in compare.PROBES], held_out)
     show_warnings(args.data, rows, found)
 
     asking.join()
@@ -512,7 +344,7 @@ def run(args):
     counts = count_tokens(rows, tokenizer)
     too_long = train_qlora.too_long([line for line, _ in rows], [tokens for tokens, _ in counts])
     if too_long:
-        raise DataError(args.data, too_long)
+        raise rows_error(args.data, too_long)
     print(f"\nlabels     tokenizer of {source}; trained is what is", end=" ")
     print("green" if console.paint("x", 32) != "x" else "between ⟦ and ⟧")
     show_labels(choose(rows, counts, args.rows), tokenizer)
@@ -545,7 +377,7 @@ def dimensions_of(model):
 
 
 def write_page(path, data, rows, found, tokenizer):
-    import labels_page
+    from tuner.data import label_page
 
     told = defaultdict(list)
     for line, _, text in found:
@@ -553,16 +385,16 @@ def write_page(path, data, rows, found, tokenizer):
     page = (
         {
             "line": line,
-            "call": train_qlora.has_call(row["messages"]),
+            "call": chat_text.has_call(row["messages"]),
             "pieces": pieces(row, tokenizer),
             "warnings": told[line],
         }
         for line, row in rows
     )
     try:
-        labels_page.write(path, data, page)
+        label_page.write(path, data, page)
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); name another file") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from error
     print(f"\npage       {path}: open it in a browser")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tuner.system import atomic
 from tuner.system.console import printable
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 FOLDER = "checkpoints"
 FORMAT = 2  # of what is in it
@@ -179,13 +179,13 @@ def newest(output, say):
     for place in places(output):
         try:
             return read(place)
-        except RunError as error:
+        except UserError as error:
             say(f"damaged    {error}; it is passed over")
     return None
 
 
 def read(place):
-    """Returns (manifest, {file: bytes}) of a checkpoint; raises RunError if it is torn or was altered.
+    """Returns (manifest, {file: bytes}) of a checkpoint; raises UserError if it is torn or was altered.
 
     Only files of the names above are read, and none that is a link.
     """
@@ -196,20 +196,20 @@ def read(place):
         except FileNotFoundError:
             pass  # told of below, unless it is BEST and not wanted
         except OSError as error:
-            raise RunError(f"{place / name} cannot be read ({error.strerror})") from error
+            raise UserError(f"{place / name} cannot be read ({error.strerror})") from error
     try:
         manifest = json.loads(data.pop(MANIFEST))
         sound = manifest["seal"] == seal(manifest)
         wanted = manifest["sha256"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(f"{place / MANIFEST} is missing or cannot be read") from error
+        raise UserError(f"{place / MANIFEST} is missing or cannot be read") from error
     if not sound:
-        raise RunError(f"{place / MANIFEST} has changed since it was written")
+        raise UserError(f"{place / MANIFEST} has changed since it was written")
     for name in (CONFIG, WEIGHTS, OPTIMIZER, *(name for name in (BEST,) if name in wanted)):
         if name not in data:
-            raise RunError(f"{place / name} is missing")
+            raise UserError(f"{place / name} is missing")
         if sha256(data[name]) != wanted.get(name):
-            raise RunError(f"{place / name} has changed since it was written")
+            raise UserError(f"{place / name} has changed since it was written")
     return manifest, {name: data[name] for name in data if name in wanted}
 
 
@@ -234,7 +234,7 @@ def restore(found, weights, optimizer, schedule):
     """Puts a checkpoint's weights into the tensors of {name: tensor} and sets optimizer and schedule.
 
     Returns (history, best): best as {name: tensor}, None if no adapter was judged before.
-    Raises RunError if the checkpoint does not fit.
+    Raises UserError if the checkpoint does not fit.
     """
     import pickle
 
@@ -256,7 +256,7 @@ def restore(found, weights, optimizer, schedule):
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError) as error:
         place = f"the checkpoint of step {manifest['step']}"
         reason = printable(str(error), 100)
-        raise RunError(f"{place} does not fit ({reason}); start afresh with --overwrite") from error
+        raise UserError(f"{place} does not fit ({reason}); start afresh with --overwrite") from error
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])

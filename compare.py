@@ -17,18 +17,14 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import adapter_folder
-import batches
-import chat_rows
 import cuda_decoding
 import download_model
 import endpoint
-import tool_call
 import train_qlora
-from chat_rows import DataError
-from download_model import ModelError
+from tuner.data import batching, chat_rows, chat_text, tool_call
 from tuner.system import atomic, console, devices, libraries, scripts
 from tuner.system.console import printable
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError, rows_error
 
 HELD_OUT = "heldout.json"
 # Four that need the call and two that do not; none of them stands in examples.json or heldout.json.
@@ -61,7 +57,7 @@ def load(adapter, bits):
     """Returns (model, tokenizer, run): the base that the adapter names with the adapter on, and its run.json.
 
     Computes in bf16 on a GPU that has it and in fp32 on a CPU, where bf16 is some 200 times slower.
-    Raises RunError if adapter or base are missing, damaged or not each other's, or the GPU is too small.
+    Raises UserError if adapter or base are missing, damaged or not each other's, or the GPU is too small.
     """
     config, run = adapter_folder.read_settings(adapter)
 
@@ -90,7 +86,7 @@ def load_folder(folder, name, bits):
         needed = WEIGHTS_ROOM * download_model.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
         free, _ = torch.cuda.mem_get_info()
         if needed > free:
-            raise RunError(
+            raise UserError(
                 f"{name} unquantised needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free on the "
                 "GPU; add --bits 4"
             )
@@ -155,7 +151,7 @@ def cut(prompts):
         return len(prompts[i]) + MAX_NEW_TOKENS
 
     ordered = sorted(range(len(prompts)), key=length, reverse=True)
-    return batches.group(ordered, length, TOKENS_PER_BATCH)
+    return batching.group(ordered, length, TOKENS_PER_BATCH)
 
 
 def answer(model, tokenizer, conversations, title="answering"):
@@ -361,12 +357,12 @@ def show_answers(data, rows, expected, answers, seen):
 
 
 def expected_call(path, line, messages):
-    """Returns the call that a row's last answer is, None for text; DataError for a call that is none."""
-    if not train_qlora.is_call(messages):
+    """Returns the call that a row's last answer is, None for text; UserError for a call that is none."""
+    if not chat_text.is_call(messages):
         return None
     call, reason = tool_call.parse(messages[-1]["content"].strip())
     if call is None:
-        raise DataError(path, [(line, f"the call cannot be read ({reason}); mend it")])
+        raise rows_error(path, [(line, f"the call cannot be read ({reason}); mend it")])
     return call
 
 
@@ -374,9 +370,9 @@ def questions(args):
     """Returns the rows, and of probes and rows the conversations and what each must be answered with."""
     rows = chat_rows.read(args.data)
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise RunError(f"{args.json} cannot be written: its folder is not there; make it first")
+        raise UserError(f"{args.json} cannot be written: its folder is not there; make it first")
     if args.json and Path(args.json).is_dir():
-        raise RunError(f"{args.json} is a folder; name a file in it")
+        raise UserError(f"{args.json} is a folder; name a file in it")
     conversations = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
     conversations += [row["messages"][:-1] for _, row in rows]
     expected = [CALL if need else None for _, need in PROBES]
@@ -414,7 +410,7 @@ def main():
     args = parse_arguments()
     try:
         sys.exit(run_endpoint(args) if args.endpoint else run(args))
-    except (RunError, ModelError, DataError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -436,7 +432,7 @@ def run(args):
     model, tokenizer, settings = load(args.adapter, args.bits)
     loaded = time.perf_counter()
     trained_on = set(settings.get("prompts_sha256", []))
-    seen = [chat_rows.fingerprint(messages) in trained_on for messages in conversations]
+    seen = [chat_text.fingerprint(messages) in trained_on for messages in conversations]
     if not trained_on:
         print(f"{args.adapter} does not say which rows it was trained on: none can be marked as seen")
     base_name = printable(model.peft_config["default"].base_model_name_or_path)

@@ -12,8 +12,8 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
-import batches
 from memory_estimate import MULTIPLE
+from tuner.data import batching
 
 PARTS = 16  # the lengths of packed sequences are multiples of a sixteenth of the longest one
 CAPTURE = 10_000  # tokens, computed in the time that a capture takes: what a further length has to save
@@ -424,7 +424,7 @@ def make_runner(model, packs, pad_id, device, logits_at_once, plan):
             torch.cuda.set_rng_state(random, device)
 
     def run(pack, total):
-        length = next(length for length in lengths if length >= batches.tokens_in(pack))
+        length = next(length for length in lengths if length >= batching.tokens_in(pack))
         batch = {k: v.to(device, non_blocking=True) for k, v in tensors(pack, length, slots, pad_id).items()}
         scale = torch.tensor(1 / total, device=device)
         if len(sizes) <= SELDOM:
@@ -448,9 +448,9 @@ def make_runner(model, packs, pad_id, device, logits_at_once, plan):
 
 def cut(rows, tokens, state):
     """Returns (packs, long): this process's rows of at most `tokens`, packed, and its longer ones."""
-    own = batches.share(rows, state)
-    long = [row for row in own if batches.size(row) > tokens]
-    return batches.pack(own[len(long) :], tokens), long
+    own = batching.share(rows, state)
+    long = [row for row in own if batching.size(row) > tokens]
+    return batching.pack(own[len(long) :], tokens), long
 
 
 def seconds(plan, steps, bits, state):
@@ -462,7 +462,7 @@ def seconds(plan, steps, bits, state):
     for lengths in steps:
         packs, long = cut([{"input_ids": range(length)} for length in lengths], plan.tokens, state)
         graphs += len(packs)
-        plain += len(batches.group(long, batches.size, plan.checkpointed))
+        plain += len(batching.group(long, batching.size, plan.checkpointed))
     return KERNELS[bits] * graphs + LAUNCHING[bits] * plain
 
 
@@ -483,7 +483,7 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
     alone = SimpleNamespace(device=state.device, num_processes=1, process_index=0)  # its rows are dealt out
     # Rows as long as the real ones, without their tokens: there may be a hundred thousand.
     rows = [
-        {"input_ids": range(len(e["input_ids"])), "labels": range(batches.trained_tokens([e]) + 1)}
+        {"input_ids": range(len(e["input_ids"])), "labels": range(batching.trained_tokens([e]) + 1)}
         for e in examples
     ]
 
@@ -494,7 +494,7 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
     def runner(tokens):
         if tokens not in runners:
             packs = [p for numbers in ahead for p in cut([rows[i] for i in numbers], tokens, state)[0]]
-            packs = [(batches.tokens_in(p), batches.trained_tokens(p)) for p in packs]
+            packs = [(batching.tokens_in(p), batching.trained_tokens(p)) for p in packs]
             runners[tokens] = make_runner(model, packs, pad_id, state.device, logits_at_once, plan)
         return runners[tokens]
 
@@ -503,13 +503,13 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
 
     def sizes(rows, tokens):
         packs, long = cut(rows, tokens, state)  # a row that is a pack's only one may still leave it
-        return [(True, batches.tokens_in(p)) for p in packs] + [(False, batches.size(row)) for row in long]
+        return [(True, batching.tokens_in(p)) for p in packs] + [(False, batching.size(row)) for row in long]
 
     def add(rows, tokens):
         if tokens not in runners:
             runners.clear()  # memory was full
         packs, long = cut(rows, tokens, state)
-        total = batches.trained_tokens(rows)
+        total = batching.trained_tokens(rows)
         checkpoint(False)
         parts = [runner(tokens)(p, total) for p in packs]
         if long:

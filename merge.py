@@ -14,10 +14,9 @@ import adapter_folder
 import compare
 import download_model
 import train_qlora
-from download_model import ModelError
 from tuner.system import atomic, devices, libraries, signals
 from tuner.system.console import printable
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 SHARD_SIZE = "5GB"
 # The base's files that go along as they are; the weights are written anew.
@@ -37,24 +36,24 @@ NEAR_TIE = 0.5  # between two logits: what rounding the merged weights to bf16 m
 
 
 def check_output(output, base, adapter, overwrite):
-    """Raises RunError if the folder cannot be written, or is there and may not be overwritten."""
+    """Raises UserError if the folder cannot be written, or is there and may not be overwritten."""
     earlier = output.with_name(output.name + ".old")  # left where a merge was killed between two renames
     if earlier.exists() and not output.exists():
         earlier.rename(output)
     shutil.rmtree(earlier, ignore_errors=True)
     if output.resolve() in (Path(base).resolve(), Path(adapter).resolve()):
-        raise RunError(f"{output} is the base or the adapter itself; name another folder with --output")
+        raise UserError(f"{output} is the base or the adapter itself; name another folder with --output")
     if output.exists() and not atomic.is_empty_folder(output):
         if not overwrite:
-            raise RunError(f"{output} is there; add --overwrite, or name another folder with --output")
+            raise UserError(f"{output} is there; add --overwrite, or name another folder with --output")
         if not output.is_dir() or download_model.missing_files(output):
-            raise RunError(f"{output} is there and is no model; name another folder with --output")
+            raise UserError(f"{output} is there and is no model; name another folder with --output")
 
 
 def choose_device(weights, parent):
     """Returns the device to merge on; says what it takes there and on disk. `weights` is the base's bytes.
 
-    Raises RunError if disk or memory are too small.
+    Raises UserError if disk or memory are too small.
     """
     import psutil
     import torch
@@ -71,9 +70,11 @@ def choose_device(weights, parent):
         flush=True,
     )
     if disk > free_disk:
-        raise RunError(f"{parent} has too little disk; free some, or name a folder on a larger with --output")
+        raise UserError(
+            f"{parent} has too little disk; free some, or name a folder on a larger with --output"
+        )
     if needed > free:
-        raise RunError("there is too little memory; close other programs, or merge on a larger machine")
+        raise UserError("there is too little memory; close other programs, or merge on a larger machine")
     return device
 
 
@@ -102,7 +103,7 @@ def parting(one, other):
 def compare_answers(tokenizer, before, after, before_top, after_top):
     """Prints where the merged model gives other tokens than base + adapter; returns how many probes agree.
 
-    Raises RunError where the first differing token was no near tie, which rounding cannot explain.
+    Raises UserError where the first differing token was no near tie, which rounding cannot explain.
     """
     same = 0
     for number, (one, other) in enumerate(zip(before, after, strict=True)):
@@ -116,7 +117,7 @@ def compare_answers(tokenizer, before, after, before_top, after_top):
             words = (f'"{printable(tokenizer.decode([i]), 20)}" {logit:.3f}' for i, logit in top)
             print(f"             {name + ':':<16}{', '.join(words)}", flush=True)
         if any(top[0][1] - top[1][1] > NEAR_TIE for top in tops.values()):
-            raise RunError("the merged model answers otherwise, and by no near tie; nothing was kept")
+            raise UserError("the merged model answers otherwise, and by no near tie; nothing was kept")
     return same
 
 
@@ -140,7 +141,7 @@ def hub_name(module, names):
     tail = "." + module[module.index("layers.") :] + ".weight"
     found = [name for name in names if name.endswith(tail) and "vision" not in name]
     if len(found) != 1:
-        raise RunError(f"{module} of the adapter is {len(found)} tensors of the base; nothing was kept")
+        raise UserError(f"{module} of the adapter is {len(found)} tensors of the base; nothing was kept")
     return found[0]
 
 
@@ -148,7 +149,7 @@ def prove_weights(base, adapter, merged):
     """Compares all tensors of the folder `merged` with base and adapter; returns (changed, untouched) counts.
 
     A module's merged weight W' must be W + B·A·alpha/r, rounded to bf16 once or, as PEFT does in bf16, twice
-    (B·A first). Raises RunError for a tensor that is anything else.
+    (B·A first). Raises UserError for a tensor that is anything else.
     """
     import torch
     from safetensors import safe_open
@@ -160,7 +161,7 @@ def prove_weights(base, adapter, merged):
     before, after = tensors(base), tensors(merged)
     if set(before) != set(after):
         name = sorted(set(before) ^ set(after))[0]
-        raise RunError(f"base and merged have not the same tensors ({name}); nothing was kept")
+        raise UserError(f"base and merged have not the same tensors ({name}); nothing was kept")
     targets = {}
     for name in lora:
         if ".lora_A." in name:
@@ -170,19 +171,19 @@ def prove_weights(base, adapter, merged):
         with safe_open(before[name], "pt") as one, safe_open(after[name], "pt") as other:
             old, new = one.get_tensor(name), other.get_tensor(name)
         if new.dtype != torch.bfloat16 or old.shape != new.shape:
-            raise RunError(f"{name} is {new.dtype} {tuple(new.shape)} after merging; nothing was kept")
+            raise UserError(f"{name} is {new.dtype} {tuple(new.shape)} after merging; nothing was kept")
         if name not in targets:
             if not torch.equal(old.view(torch.int16), new.view(torch.int16)):
-                raise RunError(f"{name} has no adapter and changed; nothing was kept")
+                raise UserError(f"{name} has no adapter and changed; nothing was kept")
             continue
         a, b = targets[name]
         delta = (b.float() @ a.float()) * scale
         wanted = old.float() + delta
         error = (new.float() - wanted).abs()
         if not (error <= ROUNDING * (wanted.abs() + delta.abs()) + 1e-30).all():
-            raise RunError(f"{name} did not change by B·A·alpha/r ({error.max():.3g} off); nothing was kept")
+            raise UserError(f"{name} did not change by B·A·alpha/r ({error.max():.3g} off); nothing was kept")
         if torch.equal(old, new):
-            raise RunError(f"{name} did not change; nothing was kept")
+            raise UserError(f"{name} did not change; nothing was kept")
     return len(targets), len(before) - len(targets)
 
 
@@ -268,7 +269,7 @@ def main():
     signals.leave_on_signals()
     try:
         run(args)
-    except (RunError, ModelError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -334,7 +335,7 @@ def merge(args, base, record, output):
         move(aside, output)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
         reason = printable(getattr(error, "strerror", None) or str(error), 100)
-        raise RunError(f"{output} cannot be written ({reason}); free some disk; nothing was kept") from error
+        raise UserError(f"{output} cannot be written ({reason}); free some disk; nothing was kept") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"memory     {devices.told(devices.peak_memory(torch.device(device)))}")

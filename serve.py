@@ -35,10 +35,9 @@ import compare
 import download_model
 import train_qlora
 from chat_completions import BUG, Asked, End, error_body, events, make_job, parse, refusal, until_stop, whole
-from download_model import ModelError
 from tuner.system import console, devices, libraries, scripts, signals
 from tuner.system.console import printable
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 MODEL = Path(download_model.BASE_FOLDER).name + "-merged"
 KEY = "SERVE_API_KEY"
@@ -254,7 +253,7 @@ def read_page():
 
 
 def listen(host, port, key):
-    """Returns a socket that listens; raises RunError if it cannot, or lets others in without a key."""
+    """Returns a socket that listens; raises UserError if it cannot, or lets others in without a key."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family)
@@ -264,10 +263,10 @@ def listen(host, port, key):
         if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
             cure = "name another port with --port, or end the program that has it"
         place = f"port {port} of {printable(host)}"
-        raise RunError(f"{place} cannot be listened on ({reason}); {cure}") from None
+        raise UserError(f"{place} cannot be listened on ({reason}); {cure}") from None
     if not key and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         listening.close()
-        raise RunError(f"--host {host} lets others in; set {KEY} to a long random word, and give it to them")
+        raise UserError(f"--host {host} lets others in; set {KEY} to a long random word, and give it to them")
     return listening
 
 
@@ -275,18 +274,18 @@ def listen(host, port, key):
 
 
 def load(args):
-    """Returns (model, tokenizer, names of the models that it is); raises RunError or ModelError."""
+    """Returns (model, tokenizer, names of the models that it is); raises UserError."""
     if args.adapter:
         model, tokenizer, _ = compare.load(args.adapter, args.bits)
         return model, tokenizer, ["tuned", "base"]
     folder = Path(args.model)
     if not folder.is_dir():
         adapter = f"python serve.py --adapter {train_qlora.OUTPUT_DIR}"
-        raise RunError(f"{folder} is not there; make it: python merge.py, or serve the adapter: {adapter}")
+        raise UserError(f"{folder} is not there; make it: python merge.py, or serve the adapter: {adapter}")
     if adapter_folder.is_finished(folder):
-        raise RunError(f"{folder} is an adapter; serve it on its base: python serve.py --adapter {folder}")
+        raise UserError(f"{folder} is an adapter; serve it on its base: python serve.py --adapter {folder}")
     if missing := download_model.missing_files(folder):
-        raise RunError(f"{folder} is no complete model ({missing[0]} is missing); remove it and merge again")
+        raise UserError(f"{folder} is no complete model ({missing[0]} is missing); remove it and merge again")
     libraries.import_libraries()
     return *compare.load_folder(str(folder), folder, args.bits), [printable(folder.resolve().name)]
 
@@ -321,7 +320,7 @@ def main():
     console.outlive_the_terminal()
     try:
         run(args)
-    except (RunError, ModelError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -337,7 +336,7 @@ def main():
 def run(args):
     key = os.environ.get(KEY, "").strip()
     if not re.fullmatch("[!-~]*", key):
-        raise RunError(f"{KEY} holds what no header can carry; take Latin letters and digits")
+        raise UserError(f"{KEY} holds what no header can carry; take Latin letters and digits")
     with listen(args.host, args.port, key) as listening:
         print(f"loading    {args.adapter or args.model}")
         model, tokenizer, names = load(args)

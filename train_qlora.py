@@ -25,17 +25,14 @@ from functools import partial
 from pathlib import Path
 
 import adapter_folder
-import batches
-import chat_rows
 import checkpoints
 import cuda_graphs
 import download_model
 import memory_estimate
-from chat_rows import DataError
-from download_model import ModelError
+from tuner.data import batching, chat_rows, chat_text
 from tuner.system import atomic, console, devices, hardware, libraries, scripts, signals
 from tuner.system.console import printable
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError, rows_error
 
 # The recipe; the constants are the article's unless a comment says otherwise.
 DATA_PATH = "examples.json"
@@ -68,9 +65,6 @@ REHEARSAL_OPTIMIZER = "AdamW"  # bitsandbytes pages its 8-bit optimizer between 
 REHEARSAL_DTYPE = "float32"  # a CPU without AVX512-BF16 multiplies bf16 some 200 times slower than fp32
 REHEARSAL_CHECKPOINTING = False  # a CPU's memory is not the limit; recomputing would cost a third more time
 
-CALL_START = "<tool_call"  # a row whose last answer holds it is a call row
-END_OF_TURN = "<end_of_turn>"
-
 
 # ---------------------------------------------------------------------------------------------- rows
 
@@ -78,25 +72,10 @@ END_OF_TURN = "<end_of_turn>"
 def load_data(data_path):
     """Returns the rows of a Chat Messages JSON file, in order, each {"messages": [{role, content}, …]}.
 
-    Content is text; calls and their results are text too (chat_rows.as_text). Raises DataError that
+    Content is text; calls and their results are text too (chat_rows.as_text). Raises UserError that
     lists every row in error as `file:line: what is wrong; what to do`.
     """
     return [row for _, row in chat_rows.read(data_path)]
-
-
-def is_call(messages):
-    """Whether a row's last answer is a call: what it is held out and judged by."""
-    return CALL_START in messages[-1]["content"]
-
-
-def has_call(messages):
-    """Whether a row teaches a call, in any of its answers."""
-    return any(CALL_START in m["content"] for m in messages if m["role"] == "assistant")
-
-
-def fingerprints(messages):
-    """Returns the sha256 of what each assistant turn of a row answers, so that compare.py knows it again."""
-    return [chat_rows.fingerprint(messages[:i]) for i, m in enumerate(messages) if m["role"] == "assistant"]
 
 
 def split_rows(rows):
@@ -107,7 +86,7 @@ def split_rows(rows):
     """
     kinds = {True: {}, False: {}}
     for i, row in enumerate(rows):
-        kinds[is_call(row["messages"])].setdefault(json.dumps(row, sort_keys=True), []).append(i)
+        kinds[chat_text.is_call(row["messages"])].setdefault(json.dumps(row, sort_keys=True), []).append(i)
     queue = []  # groups of equal rows of both kinds, merged in proportion
     for kind, groups in kinds.items():
         groups = sorted(groups.values())
@@ -118,7 +97,7 @@ def split_rows(rows):
     for _, group in sorted(queue):
         if len(validation) + len(group) <= wanted:
             validation += group
-    kinds_in = {is_call(rows[i]["messages"]) for i in validation}
+    kinds_in = {chat_text.is_call(rows[i]["messages"]) for i in validation}
     if kinds_in != {kind for kind, groups in kinds.items() if groups}:
         validation = []
     return sorted(set(range(len(rows))) - set(validation)), sorted(validation)
@@ -133,7 +112,7 @@ def preprocess_function(examples, tokenizer):
     A label is its token where the assistant speaks, `<end_of_turn>` included, and −100 elsewhere. Where the
     assistant begins to speak is where the template's own generation prompt ends.
     """
-    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    end_of_turn = tokenizer.convert_tokens_to_ids(chat_text.END_OF_TURN)
     texts, places = [], []  # of a row: all its text, and as far as where each answer begins
     for messages in examples["messages"]:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -161,7 +140,7 @@ def preprocess_function(examples, tokenizer):
 
 
 def tokenise_rows(data_path, rows, tokenizer):
-    """Returns the rows as a datasets.Dataset of token ids; raises DataError for rows over MAX_TOKENS.
+    """Returns the rows as a datasets.Dataset of token ids; raises UserError for rows over MAX_TOKENS.
 
     What CACHED_ROWS or more rows gave is kept in the cache of datasets and read from there the next time.
     """
@@ -187,7 +166,7 @@ def tokenise_rows(data_path, rows, tokenizer):
         dataset = tokens(None)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     if max(lengths) > MAX_TOKENS:
-        raise DataError(data_path, too_long([line for line, _ in chat_rows.read(data_path)], lengths))
+        raise rows_error(data_path, too_long([line for line, _ in chat_rows.read(data_path)], lengths))
     return dataset
 
 
@@ -222,12 +201,12 @@ def warmup_steps(steps):
 
 def micro_batches(examples, state, tokens=None):
     """Cuts this process's share of a step into micro-batches of `tokens` at most (TOKENS_PER_MICRO_BATCH)."""
-    return batches.group(batches.share(examples, state), batches.size, tokens or TOKENS_PER_MICRO_BATCH)
+    return batching.group(batching.share(examples, state), batching.size, tokens or TOKENS_PER_MICRO_BATCH)
 
 
 def padded_sizes(examples, state, tokens=None):
     """Returns [(whether it is several rows, tokens), …] of this process's micro-batches."""
-    return [(len(b) > 1, len(b) * batches.size(b[0])) for b in micro_batches(examples, state, tokens)]
+    return [(len(b) > 1, len(b) * batching.size(b[0])) for b in micro_batches(examples, state, tokens)]
 
 
 def pad(examples, pad_id, device):
@@ -250,7 +229,7 @@ def load_model(folder, bits, device, dtype, vision=True):
     """Returns the base model on one device, its linear layers quantised to 4 or 8 bits, or to none (None).
 
     Without vision the tower has no layers: no row has a picture, and they take a tenth of the memory.
-    Raises RunError for a folder that is damaged or lacks weights.
+    Raises UserError for a folder that is damaged or lacks weights.
     """
     import bitsandbytes
     import torch
@@ -283,17 +262,17 @@ def load_model(folder, bits, device, dtype, vision=True):
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = printable(str(error), 100)
-        raise RunError(f"{folder} is damaged ({reason}); remove it and fetch it anew") from error
+        raise UserError(f"{folder} is damaged ({reason}); remove it and fetch it anew") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise RunError(
+        raise UserError(
             f"{folder} lacks weights ({names[0]} and {len(names) - 1} more); "
             "fetch it anew: python download_model.py"
         )
     unexpected = [key for key in map(str, report["unexpected_keys"]) if not (without and "vision" in key)]
     if unexpected:
         name = min(unexpected)
-        raise RunError(f"{folder} holds weights that its model has no place for ({name}); fetch it anew")
+        raise UserError(f"{folder} holds weights that its model has no place for ({name}); fetch it anew")
     model.config.get_text_config().use_cache = False
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and torch.device(device).type == "cpu":
@@ -385,7 +364,7 @@ def add_gradients(model, examples, pad_id, state, tokens=None, total=None):
     """
     import torch
 
-    total = total or batches.trained_tokens(examples)
+    total = total or batching.trained_tokens(examples)
     loss = torch.zeros((), device=state.device)
     for batch in micro_batches(examples, state, tokens):
         part = losses_and_guesses(model, pad(batch, pad_id, state.device))[0] / total
@@ -429,7 +408,7 @@ def add_up(loss, weights, state):
 def within_memory(work, cut, state, tokens, less=1 / 2):
     """Returns (work(tokens), tokens); where the GPU's memory is full, does it again with `less` of them.
 
-    cut(tokens=…) gives [(whether less may do, tokens), …] of the micro-batches. Raises RunError if none may.
+    cut(tokens=…) gives [(whether less may do, tokens), …] of the micro-batches. Raises UserError if none may.
     """
     import torch
 
@@ -445,7 +424,7 @@ def within_memory(work, cut, state, tokens, less=1 / 2):
         largest = max(size for _, size in sizes)
         divisible = [size for less_may_do, size in sizes if less_may_do]
         if not divisible:
-            raise RunError(
+            raise UserError(
                 f"the GPU's memory is full with one row of {largest} tokens ({reason}); train with "
                 "--bits 4, close what else runs on it (nvidia-smi), shorten that row, or take a larger GPU"
             )
@@ -483,7 +462,7 @@ def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, ask
     if state.num_processes > 1:
         torch.distributed.all_reduce(sums)
     model.train(was_training)
-    return sums[0].item() / batches.trained_tokens(examples), int(sums[1])
+    return sums[0].item() / batching.trained_tokens(examples), int(sums[1])
 
 
 def answer_span(labels):
@@ -511,7 +490,7 @@ def make_optimizer(weights, learning_rate, steps, device):
 
 
 def check_loss(what, loss, limit, step, learning_rate):
-    """Raises RunError if what a step gave, a loss or a gradient's norm, is not finite or over `limit`."""
+    """Raises UserError if what a step gave, a loss or a gradient's norm, is not finite or over `limit`."""
     if math.isfinite(loss) and loss <= limit:
         return
     cause = f"the learning rate {learning_rate:g} is too high"
@@ -519,7 +498,7 @@ def check_loss(what, loss, limit, step, learning_rate):
     if step == 1:
         cause, cure = "the base model's weights are damaged", "fetch them anew"
     problem = "explodes" if math.isfinite(loss) else "is not finite"
-    raise RunError(f"step {step}: the {what} ({loss:.4g}) {problem}; most likely {cause}: {cure}")
+    raise UserError(f"step {step}: the {what} ({loss:.4g}) {problem}; most likely {cause}: {cure}")
 
 
 def any_asked(asked, state):
@@ -551,7 +530,7 @@ def train(
     from tqdm import tqdm
 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    call_token = tokenizer(CALL_START, add_special_tokens=False)["input_ids"][0]
+    call_token = tokenizer(chat_text.CALL_START, add_special_tokens=False)["input_ids"][0]
     guessing = math.log(model.config.get_text_config().vocab_size)  # the loss of one that knows nothing
     held_out, held_out_calls = [examples[i] for i in validation], [calls[i] for i in validation]
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -716,16 +695,18 @@ def parse_arguments():
 
 
 def load_tokenizer(model, **kwargs):
-    """The tokenizer of a folder or hub name; raises RunError unless it is Gemma 3's, with a template."""
+    """The tokenizer of a folder or hub name; raises UserError unless it is Gemma 3's, with a template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, **kwargs)
     if tokenizer.chat_template is None:
-        raise RunError(
+        raise UserError(
             f"{model} has no chat template; take an instruction-tuned model: {download_model.BASE_MODEL}"
         )
-    if END_OF_TURN not in tokenizer.get_vocab():
-        raise RunError(f"{model} is no Gemma 3: its tokenizer has no {END_OF_TURN}; name one with --model")
+    if chat_text.END_OF_TURN not in tokenizer.get_vocab():
+        raise UserError(
+            f"{model} is no Gemma 3: its tokenizer has no {chat_text.END_OF_TURN}; name one with --model"
+        )
     return tokenizer
 
 
@@ -733,7 +714,7 @@ def main():
     args = parse_arguments()
     try:
         run(args)
-    except (RunError, DataError, ModelError) as error:
+    except UserError as error:
         if console.is_main():
             print(error, file=sys.stderr)
         sys.exit(1)
@@ -774,7 +755,7 @@ def tune(args, rows):
         "settings": settings(args),
     }
     found = find_checkpoint(args, facts)
-    calls = [is_call(row["messages"]) for row in rows]
+    calls = [chat_text.is_call(row["messages"]) for row in rows]
     training, validation = split_rows(rows)
 
     libraries.import_libraries("datasets", "accelerate")
@@ -786,7 +767,7 @@ def tune(args, rows):
     dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else devices.gpu_dtype()
     state = PartialState(cpu=args.rehearse)
     devices.check_product(args.bits, state.device, dtype)
-    teaching = sum(has_call(row["messages"]) for row in rows)
+    teaching = sum(chat_text.has_call(row["messages"]) for row in rows)
     console.say(
         f"rows       {len(rows)} of {args.data}: {teaching} with a call, {len(rows) - teaching} without"
     )
@@ -807,7 +788,7 @@ def tune(args, rows):
     if found:
         check_unchanged(args, found[0], facts)
     lengths = [len(ids) for ids in examples["input_ids"]]
-    tokens, trained = sum(lengths), batches.trained_tokens(examples)
+    tokens, trained = sum(lengths), batching.trained_tokens(examples)
     console.say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
 
     epoch = [[lengths[i] for i in numbers] for numbers in steps_of(1, training)]
@@ -840,10 +821,10 @@ def tune(args, rows):
                     *(model, examples, training, validation, calls, tokenizer, args, state),
                     *(found, save if console.is_main() else None, asked, plan),
                 )
-        except RunError as error:
+        except UserError as error:
             places = checkpoints.places(args.output)
             kept = f"the last checkpoint is {places[0]}" if places else "no checkpoint was written yet"
-            raise RunError(f"{error}; {kept}") from error
+            raise UserError(f"{error}; {kept}") from error
         except Exception:
             if console.is_main() and checkpoints.places(args.output):
                 print(f"the checkpoints are kept; go on with: {command(args)}", file=sys.stderr)
@@ -863,7 +844,7 @@ def tune(args, rows):
             "data": args.data,
             "data_sha256": facts["data_sha256"],
             "prompts_sha256": sorted(
-                {fingerprint for row in rows for fingerprint in fingerprints(row["messages"])}
+                {fingerprint for row in rows for fingerprint in chat_text.fingerprints(row["messages"])}
             ),
             "rows": {"all": len(rows), "training": len(training), "validation": len(validation)},
             "tokens": tokens,
@@ -882,7 +863,7 @@ def tune(args, rows):
         try:
             adapter_folder.write(args.output, model, folder, record)
         except OSError as error:
-            raise RunError(
+            raise UserError(
                 f"{args.output}: the adapter could not be written ({error.strerror}); it takes "
                 f"{adapter_folder.size(model, folder) / 1e6:.0f} MB, and "
                 f"{shutil.disk_usage(args.output).free / 1e6:.0f} MB are free; free some, then go on with: "
@@ -897,7 +878,7 @@ def tune(args, rows):
 
 
 def plan_memory(args, folder, epoch, longest, trained, state):
-    """Returns the Plan for --memory, and has the process take no more; raises RunError for too little.
+    """Returns the Plan for --memory, and has the process take no more; raises UserError for too little.
 
     epoch: the rows' lengths of each step, in tokens; longest: of all rows; trained: how many tokens are. None
     on a GPU without bf16: its fp32 is trained the plain way.
@@ -907,14 +888,14 @@ def plan_memory(args, folder, epoch, longest, trained, state):
     if devices.gpu_dtype() != torch.bfloat16:
         if not args.memory:
             return None
-        raise RunError(
+        raise UserError(
             "--memory needs a GPU with bf16: an L4, an A10, an RTX 30xx or newer; leave it out here"
         )
     free, total = torch.cuda.mem_get_info()
     budget = args.memory * 2**30 if args.memory else memory_estimate.SHARE * free
     if budget > free:
         there = f"{free / 2**30:.1f} GiB are free on this GPU"
-        raise RunError(f"--memory {args.memory:g}: {there}; name less, or close what else runs (nvidia-smi)")
+        raise UserError(f"--memory {args.memory:g}: {there}; name less, or close what else runs (nvidia-smi)")
     d = memory_estimate.dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
     at_once = min(LOGITS_AT_ONCE, trained)
     plans = memory_estimate.plans(d, args.bits, LORA_R, budget, at_once, longest)
@@ -923,7 +904,7 @@ def plan_memory(args, folder, epoch, longest, trained, state):
         needed = f"{args.bits} bits and a row of {longest} tokens take {least / 2**30:.1f}"
         cure = "name more with --memory" if args.memory else "close what else runs on it (nvidia-smi)"
         cure += f", take {'--bits 4, ' * (args.bits == 8)}shorter rows or a larger GPU"
-        raise RunError(f"{budget / 2**30:.1f} GiB of GPU memory are too little: {needed}; {cure}")
+        raise UserError(f"{budget / 2**30:.1f} GiB of GPU memory are too little: {needed}; {cure}")
     torch.cuda.set_per_process_memory_fraction(budget / total)
     plan = cuda_graphs.quickest(plans, epoch, args.bits, state)
     how = f"{plan.tokens} tokens at once, as CUDA graphs" if plan.tokens else ""
@@ -935,16 +916,16 @@ def plan_memory(args, folder, epoch, longest, trained, state):
 
 
 def find_checkpoint(args, facts):
-    """Returns the checkpoint to go on from, None to start afresh; raises RunError if neither may be done."""
+    """Returns the checkpoint to go on from, None to start afresh; raises UserError if neither may be done."""
     if args.resume:
         if found := checkpoints.newest(args.output, console.say):
             check_unchanged(args, found[0], facts)
             return found
         damaged = " --overwrite" if checkpoints.places(args.output) else ""
-        raise RunError(f"{args.output} has nothing to resume; start with: {command(args, damaged)}")
+        raise UserError(f"{args.output} has nothing to resume; start with: {command(args, damaged)}")
     places = checkpoints.places(args.output)
     if places and not adapter_folder.is_finished(args.output) and not args.overwrite:
-        raise RunError(
+        raise UserError(
             f"{args.output} holds an unfinished run ({places[0].name}); go on with: {command(args)}; "
             "or add --overwrite to start afresh"
         )
@@ -952,9 +933,9 @@ def find_checkpoint(args, facts):
 
 
 def check_unchanged(args, manifest, facts):
-    """Raises RunError that names what is other than when the run began."""
+    """Raises UserError that names what is other than when the run began."""
     if found := checkpoints.differences(manifest, facts):
-        raise RunError(
+        raise UserError(
             f"{args.output} cannot be resumed: {', '.join(found)}; give it what it began with, or start "
             "afresh with --overwrite"
         )

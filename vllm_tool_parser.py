@@ -22,7 +22,7 @@ from vllm.renderers.chat_utils import make_tool_call_id
 from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
 
 sys.path.append(str(Path(__file__).resolve().parent))  # vLLM loads this file by its path
-import tool_call
+from tuner.data import tool_call
 
 NAME = "tool_call_tag"
 

@@ -24,12 +24,12 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from tuner.data import batching
 from tuner.system import devices, libraries
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import batches  # noqa: E402
 import train_qlora  # noqa: E402
 
 # Bits, and what of the GPU's memory may be reserved (GiB), of the shipped rows and of long ones.
@@ -144,7 +144,7 @@ def peer(args):
         trainer.save_model(folder)
     result = {
         "step_seconds": Clock.seconds,
-        "trained_tokens": batches.trained_tokens(examples),
+        "trained_tokens": batching.trained_tokens(examples),
         "peak_memory_gib": devices.peak_memory(torch.device("cuda:0")),
         "versions": versions(args.peer),
     }

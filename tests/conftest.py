@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import download_model
+from tuner.data import chat_text
 from tuner.system import devices, libraries
 
 # As train_qlora.py does before its first product; the first one of pytest's process is another test's.
@@ -137,7 +138,7 @@ def few_rows(tmp_path_factory):
     rows = sorted(train_qlora.load_data(ROOT / "examples.json"), key=lambda row: len(json.dumps(row)))
     kinds = {True: [], False: []}
     for row in rows:
-        kinds[train_qlora.is_call(row["messages"])].append(row)
+        kinds[chat_text.is_call(row["messages"])].append(row)
     path = tmp_path_factory.mktemp("rows") / "rows.json"
     path.write_text("".join(json.dumps(row) + "\n" for row in kinds[True][:10] + kinds[False][:10]))
     return path

@@ -10,10 +10,10 @@ import time
 from types import SimpleNamespace
 
 import torch
+from tool_call import write
 
 import compare
 import serve
-from tool_call import write
 
 CALL = write("get_sensitive_data", {})
 ORDER = write("get_order", {"номер": 5, "note": 'a "b" <c>'})

@@ -10,8 +10,8 @@ import pytest
 from test_chat_rows import GOOD, plain
 
 import check
-from chat_rows import DataError
 from train_qlora import load_data
+from tuner.system.errors import UserError
 
 FOLDER = Path(__file__).with_name("bad_rows")
 FILES = sorted(path for path in FOLDER.iterdir() if path.name != "messages.json")
@@ -82,8 +82,8 @@ def is_accepted(path, data):
     """Asserts that data is loaded as the rows that Python's json reads, or is refused in proper messages."""
     try:
         rows = loaded(path, data)
-    except DataError as error:
-        shown, total = str(error).split("\n"), len(error.errors)
+    except UserError as error:
+        shown, total = str(error).split("\n"), len(error.faults)
         if total > 20:
             assert shown.pop() == f"… and {total - 20} more"
         numbers = re.findall(rf"^{re.escape(str(path))}:(\d+): .", str(error), re.MULTILINE)
@@ -103,7 +103,7 @@ def test_every_bad_file_has_its_messages_and_none_is_missing():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_bad_file_gives_exactly_its_messages(path):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         load_data(path)
     told = [line.removeprefix(f"{path}:") for line in str(caught.value).split("\n")]
     assert all(re.match(r"\d+: ", line) and line.isprintable() for line in told)

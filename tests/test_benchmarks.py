@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import batches
 import cuda_graphs
 import memory_estimate
 import train_qlora
 from benchmarks import run
+from tuner.data import batching
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +78,7 @@ def test_long_rows_are_as_long_as_they_are_said_to_be_and_little_of_them_is_padd
     order = train_qlora.steps_of(1, range(len(rows)))
     alone = SimpleNamespace(num_processes=1, process_index=0)
     packs = [pack for step in order for pack in cuda_graphs.cut([rows[i] for i in step], tokens, alone)[0]]
-    packs = [batches.tokens_in(pack) for pack in packs]
+    packs = [batching.tokens_in(pack) for pack in packs]
     lengths = cuda_graphs.choose_lengths(packs)
     padded = sum(min(length for length in lengths if length >= size) for size in packs)
     assert sum(sizes) * 12 == sum(packs)

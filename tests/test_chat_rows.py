@@ -6,10 +6,10 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-import chat_rows
-from chat_rows import DataError
 from train_qlora import load_data
+from tuner.data import chat_rows, row_faults
 from tuner.system.console import printable
+from tuner.system.errors import UserError
 
 USER = {"role": "user", "content": "Сколько у меня денег?"}
 ASSISTANT = {"role": "assistant", "content": "<call/>"}
@@ -101,9 +101,9 @@ def test_legal_files_give_their_rows_in_order(tmp_path, data):
 def errors_of(tmp_path, data):
     path = tmp_path / "rows.json"
     path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         load_data(path)
-    return caught.value.errors, str(caught.value)
+    return caught.value.faults, str(caught.value)
 
 
 def row(*messages, **extra):
@@ -289,7 +289,7 @@ def test_text_of_messages_at_fault_is_refused_and_of_unknown_keys_is_not():
     assert chat_rows.as_text([USER, sent]) == chat_rows.as_text([USER, calling(A)])
     with pytest.raises(ValueError, match=r'^message 2: call 1: calls "get_sensitive_data", which'):
         chat_rows.as_text([USER, sent], {"f"})
-    assert chat_rows.names_of(TOOLS) == {"get_sensitive_data"}
+    assert row_faults.names_of(TOOLS) == {"get_sensitive_data"}
     with pytest.raises(ValueError, match=r'^the end: the call "b" has no result; '):
         chat_rows.as_text([USER, calling(A, B), result("a")])
     for wrong in (None, [], [5], [{"role": {}, "content": "a"}], [USER, result("a")], [ASSISTANT]):
@@ -335,7 +335,7 @@ def test_files_without_rows(tmp_path, data, line, says):
 
 @pytest.mark.parametrize("path", ["missing.json", "."])
 def test_a_file_that_cannot_be_read(path):
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_data(path)
 
 

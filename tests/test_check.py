@@ -15,16 +15,15 @@ import torch
 from conftest import tiny_config
 from transformers import Gemma3ForCausalLM
 
-import chat_rows
 import check
 import compare
 import download_model
 import memory_estimate
 import train_qlora
 from benchmarks import random_gemma_4b
-from download_model import ModelError
+from tuner.data import chat_rows, row_warnings
 from tuner.system import devices
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
@@ -42,7 +41,7 @@ def balanced(*rows):
 
 
 def told(*rows, **kwargs):
-    found = check.warnings(balanced(*rows), **kwargs)
+    found = row_warnings.warnings(balanced(*rows), **kwargs)
     return [f"{line} {kind}: {text}" for line, kind, text in found]
 
 
@@ -150,13 +149,13 @@ def test_an_argument_spelt_unlike_fifty_others_is_told():
 def test_rows_of_one_kind_are_told(calls, general, few):
     rows = [row(f"{chr(1072 + i)}{i}", CALL) for i in range(calls)]
     rows += [row(f"{chr(1072 + i)}{i} привет", "Да.") for i in range(general)]
-    found = [text for _, kind, text in check.warnings(list(enumerate(rows, 1))) if kind == "balance"]
+    found = [text for _, kind, text in row_warnings.warnings(list(enumerate(rows, 1))) if kind == "balance"]
     assert [text[: len(few or "")] for text in found] == ([few] if few else [])
 
 
 def test_a_row_with_a_call_before_its_last_answer_is_one_with_a_call():
     rows = [row("Привет", "Да.") for _ in range(5)] + [row("Баланс", CALL, "5", "Пять.") for _ in range(5)]
-    assert not [kind for _, kind, _ in check.warnings(list(enumerate(rows, 1))) if kind == "balance"]
+    assert not [kind for _, kind, _ in row_warnings.warnings(list(enumerate(rows, 1))) if kind == "balance"]
 
 
 def test_near_duplicates_are_those_of_all_pairs():
@@ -164,14 +163,14 @@ def test_near_duplicates_are_those_of_all_pairs():
     words = "мой счёт карта баланс вклад кредит лимит заказ долг покажи сколько какой"
     texts = list({" ".join(chance.choices(words.split(), k=6)) for _ in range(150)})
     texts += [text + " да" for text in texts[:40]]
-    chunks = [check.chunks_of(text) for text in texts]
+    chunks = [row_warnings.chunks_of(text) for text in texts]
     alike = {}
     for j in range(len(texts)):
         for i in range(j):
             index = len(chunks[i] & chunks[j]) / len(chunks[i] | chunks[j])
-            if index >= check.ALIKE:
+            if index >= row_warnings.ALIKE:
                 alike.setdefault(j, {})[i] = index
-    found = {j: (i, index) for i, j, index in check.near_duplicates(texts)}
+    found = {j: (i, index) for i, j, index in row_warnings.near_duplicates(texts)}
     assert set(found) <= set(alike)
     assert len(found) >= 0.95 * len(alike) >= 30
     assert all(alike[j][i] == index for j, (i, index) in found.items())
@@ -195,7 +194,7 @@ def test_without_any_tokenizer_one_line_says_what_to_install(monkeypatch, tmp_pa
     code = "import download_model; download_model.SMALL_PACKAGE = 'none'; download_model.build_tokenizer('x')"
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda args, **k: run([*args[:2], code], **k))
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(UserError) as caught:
         check.find_tokenizer("google/gemma-3-4b-it", online=False)
     assert str(caught.value).startswith("no tokenizer of google/gemma-3-4b-it is here, and the packages")
     assert str(caught.value).endswith("type: pip install -r requirements-rehearsal.txt")
@@ -208,7 +207,7 @@ def test_the_rows_shown_are_a_call_a_general_and_the_longest_or_those_asked_for(
     assert [line for line, _ in check.choose(rows, counts, None)] == [2, 5, 9]
     assert [line for line, _ in check.choose(rows, counts, [3, 9])] == [3, 9]
     assert check.choose(rows, counts, "all") == rows
-    with pytest.raises(RunError, match="no row begins on line 4"):
+    with pytest.raises(UserError, match="no row begins on line 4"):
         check.choose(rows, counts, [3, 4])
 
 
@@ -340,7 +339,7 @@ def test_the_time_is_near_what_was_measured_and_grows_with_the_rows_and_on_small
 def test_access_says_what_stands_in_the_way(monkeypatch, error, marks):
     def ask(repo):
         if error:
-            raise ModelError(*error)
+            raise UserError(*error)
         return "commit", []
 
     monkeypatch.setattr(download_model, "ask_hub", ask)
@@ -379,7 +378,7 @@ def test_a_wrong_product_of_bitsandbytes_is_refused(monkeypatch, bits):
     else:
         right = bitsandbytes.nn.Linear8bitLt.forward
         monkeypatch.setattr(bitsandbytes.nn.Linear8bitLt, "forward", lambda self, x: right(self, x) * 1.2)
-    with pytest.raises(RunError, match=f"multiplies wrongly in {bits} bits"):
+    with pytest.raises(UserError, match=f"multiplies wrongly in {bits} bits"):
         devices.check_product(bits, "cpu", torch.float32)
 
 

@@ -31,7 +31,7 @@ import compare
 import merge
 import train_qlora
 from tuner.system import signals
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 8  # 20 rows: 2 for validation, 2 steps an epoch, 4 epochs
@@ -668,7 +668,7 @@ def test_a_loss_that_is_not_finite_or_explodes_stops_and_the_last_checkpoint_sta
 
 
 def test_at_the_first_step_the_model_is_to_blame():
-    with pytest.raises(RunError, match=r"^step 1: .* most likely the base model's weights are damaged: "):
+    with pytest.raises(UserError, match=r"^step 1: .* most likely the base model's weights are damaged: "):
         train_qlora.check_loss("loss", float("nan"), 10, 1, 1e-4)
 
 

@@ -14,13 +14,11 @@ from conftest import write_tiny_adapter, write_tiny_model
 from safetensors.torch import load_file, save_file
 
 import adapter_folder
-import chat_rows
 import compare
-import tool_call
 import train_qlora
-from chat_rows import DataError
+from tuner.data import chat_rows, chat_text, tool_call
 from tuner.system import console
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = tool_call.write("get_sensitive_data", {})
@@ -106,18 +104,18 @@ def test_the_figures_at_the_edges():
 
 def test_no_probe_stands_in_the_rows():
     prompts = {
-        chat_rows.normalised(row["messages"][0]["content"])
+        chat_text.normalised(row["messages"][0]["content"])
         for path in ("examples.json", "heldout.json")
         for _, row in chat_rows.read(ROOT / path)
     }
     assert [need for _, need in compare.PROBES] == [True] * 4 + [False] * 2
-    assert not {chat_rows.normalised(prompt) for prompt, _ in compare.PROBES} & prompts
+    assert not {chat_text.normalised(prompt) for prompt, _ in compare.PROBES} & prompts
 
 
 def test_a_row_whose_call_cannot_be_read_is_an_error_with_its_line():
     for answer in ("<tool_call name='f'/>", f"Секунду.\n{CALL}", CALL + CALL):
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        with pytest.raises(DataError, match=r"^rows\.json:7: the call cannot be read"):
+        with pytest.raises(UserError, match=r"^rows\.json:7: the call cannot be read"):
             compare.expected_call("rows.json", 7, messages)
 
 
@@ -230,8 +228,8 @@ def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, capsys, mon
     rows = [row for _, row in chat_rows.read(ROOT / "heldout.json")][:4]
     rows.append({"messages": [*rows[1]["messages"], *rows[0]["messages"]]})
     Path("mine.json").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    seen = [chat_rows.fingerprint(rows[3]["messages"][:-1])]
-    seen.append(chat_rows.fingerprint([{"role": "user", "content": "ЧТО ТАКОЕ,  кредитный лимит"}]))
+    seen = [chat_text.fingerprint(rows[3]["messages"][:-1])]
+    seen.append(chat_text.fingerprint([{"role": "user", "content": "ЧТО ТАКОЕ,  кредитный лимит"}]))
     Path(adapter, "run.json").write_text(json.dumps({"prompts_sha256": seen}))
     said = {"tuned": [given(CALL)] * 4 + [given("Это \x1b[31mсумма.")] * 2 + [given(CALL)] * 2}
     said["tuned"] += [given("Нет.")] * 3
@@ -342,7 +340,7 @@ def test_a_damaged_adapter_is_refused_in_one_line(adapter, tiny_text_model, tmp_
     shutil.copytree(adapter, copy)
     harm, says = DAMAGES[damage]
     harm(copy)
-    with pytest.raises(RunError) as error:
+    with pytest.raises(UserError) as error:
         adapter_folder.check_weights(copy, tiny_text_model, "1111")
     assert says in str(error.value)
     assert "\n" not in str(error.value)
@@ -353,11 +351,11 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, tiny_text_mode
     adapter_folder.check_weights(adapter, tiny_text_model, "1111")
     wide = write_tiny_model(tmp_path / "wide", hidden_size=96)
     with pytest.raises(
-        RunError, match=r"was trained on another base: .*lora_[AB].weight is 64 wide, in .* 96"
+        UserError, match=r"was trained on another base: .*lora_[AB].weight is 64 wide, in .* 96"
     ):
         adapter_folder.check_weights(adapter, wide, None)
     deep = write_tiny_adapter(tmp_path / "deep", write_tiny_model(tmp_path / "deep base", layers=3))
-    with pytest.raises(RunError, match=r"was trained on another base: .* has no place for .*layers\.2\."):
+    with pytest.raises(UserError, match=r"was trained on another base: .* has no place for .*layers\.2\."):
         adapter_folder.check_weights(deep, tiny_text_model, None)
 
 
@@ -367,7 +365,7 @@ def test_an_unquantised_model_that_does_not_fit_the_gpu_names_the_bits(adapter, 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (10**5, 10**9))
     monkeypatch.setattr(compare.train_qlora, "load_model", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(RunError, match=r"unquantised needs .* 0\.0 are free .* --bits 4"):
+    with pytest.raises(UserError, match=r"unquantised needs .* 0\.0 are free .* --bits 4"):
         compare.load(adapter, None)
 
 

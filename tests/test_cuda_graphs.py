@@ -8,10 +8,10 @@ import transformers
 from test_train_qlora import CPU, awake, gradient, loaded
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-import batches
 import cuda_graphs
 import memory_estimate
 import train_qlora
+from tuner.data import batching
 
 
 def row(tokens, trained=1):
@@ -20,12 +20,12 @@ def row(tokens, trained=1):
 
 def test_packs_hold_every_row_once_and_no_more_than_they_may():
     rows = [row(n) for n in (50, 7, 20, 30, 31, 90, 10, 49)]
-    packs = batches.pack(sorted(rows, key=batches.size, reverse=True), 100)
+    packs = batching.pack(sorted(rows, key=batching.size, reverse=True), 100)
     assert sorted(id(r) for pack in packs for r in pack) == sorted(map(id, rows))
-    sizes = [batches.tokens_in(pack) for pack in packs]
+    sizes = [batching.tokens_in(pack) for pack in packs]
     assert max(sizes) <= 100
     assert len(packs) == 3  # 287 tokens: fewer cannot be
-    assert [len(pack) for pack in batches.pack([row(300), row(5)], 100)] == [1, 1]
+    assert [len(pack) for pack in batching.pack([row(300), row(5)], 100)] == [1, 1]
 
 
 @pytest.mark.parametrize("sizes", [[520, 540, 560, 600], [49, 40, 30, 56], list(range(20, 2000, 30)), [5]])
@@ -64,7 +64,7 @@ def test_the_gradient_of_packed_rows_is_that_of_padded_ones(
     model = awake(loaded(tiny_model, bits)).eval()  # no dropout
     want_loss = train_qlora.add_gradients(model, examples, 0, CPU).item()
     want = gradient(model)
-    total = batches.trained_tokens(examples)
+    total = batching.trained_tokens(examples)
     cuda_graphs.prepare(model)
     attend, attended = transformers.AttentionInterface()[cuda_graphs.ATTENTION], []
     transformers.AttentionInterface.register(
@@ -72,8 +72,8 @@ def test_the_gradient_of_packed_rows_is_that_of_padded_ones(
     )
     loss, entropy = 0.0, cuda_graphs.make_cross_entropy(100)
     for pack in cuda_graphs.cut(examples, tokens, CPU)[0]:
-        length = 8 * -(-batches.tokens_in(pack) // 8) + 8  # some padding
-        batch = cuda_graphs.tensors(pack, length, batches.trained_tokens(pack) + 3, 0)
+        length = 8 * -(-batching.tokens_in(pack) // 8) + 8  # some padding
+        batch = cuda_graphs.tensors(pack, length, batching.trained_tokens(pack) + 3, 0)
         part = cuda_graphs.packed_loss(model, batch, entropy) / total
         part.backward()
         loss += part.item()
@@ -89,7 +89,7 @@ def test_the_gradient_with_dropout_is_how_the_loss_changes(tiny_text_model, exam
     model = awake(loaded(tiny_text_model, bits)).train()
     cuda_graphs.prepare(model)
     weights = train_qlora.in_one([p for p in model.parameters() if p.requires_grad])
-    batch = cuda_graphs.tensors(examples[:4], 8 * -(-batches.tokens_in(examples[:4]) // 8), 80, 0)
+    batch = cuda_graphs.tensors(examples[:4], 8 * -(-batching.tokens_in(examples[:4]) // 8), 80, 0)
 
     def loss():
         torch.manual_seed(5)
@@ -143,7 +143,7 @@ def test_long_rows_and_other_processes_rows(tiny_text_model, examples):
         state.process_index = process
         packs, long = cuda_graphs.cut(examples, 100, state)
         assert all(len(e["input_ids"]) > 100 for e in long)
-        assert all(batches.tokens_in(pack) <= 100 for pack in packs)
+        assert all(batching.tokens_in(pack) <= 100 for pack in packs)
         both += [e for pack in packs for e in pack] + long
     assert sorted(map(id, both)) == sorted(map(id, examples))
 

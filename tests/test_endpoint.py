@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 from chat_server import Endpoint, calling, completion
 
-import chat_rows
 import compare
 import endpoint
-import tool_call
-from tuner.system.errors import RunError
+from tuner.data import chat_rows, tool_call
+from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "get_sensitive_data"
@@ -229,13 +228,13 @@ def test_the_key_is_sent_and_never_shown(serve, monkeypatch, capsys):
     assert run(server.url) == 0
     assert {headers["authorization"] for _, _, headers, _ in server.requests} == {"Bearer sk-secret"}
     server.failures = [(400, {"Content-Type": "text/plain"}, b"bad key sk-secret, sk-secret")] * 3
-    with pytest.raises(RunError, match=r"refuses \(400: bad key …, …\); ") as error:
+    with pytest.raises(UserError, match=r"refuses \(400: bad key …, …\); ") as error:
         run(server.url)
     assert "secret" not in str(error.value) + capsys.readouterr().out
     for wrong in ("sk-\x1bsecret", "sk secret ключ", "a\nsk-secret"):
         monkeypatch.setenv(endpoint.KEY, wrong)
         with pytest.raises(
-            RunError, match=r"^the key in OPENAI_API_KEY holds characters that no key has; set it anew$"
+            UserError, match=r"^the key in OPENAI_API_KEY holds characters that no key has; set it anew$"
         ):
             run(server.url)
 
@@ -300,7 +299,7 @@ def test_a_failure_is_one_line_with_its_cure(serve, failure):
     server = serve()
     server.failures, says = FAILURES[failure]
     server.failures = list(server.failures)
-    with pytest.raises(RunError) as error:
+    with pytest.raises(UserError) as error:
         run(server.url)
     assert str(error.value) == says.replace("{url}", server.url)
     assert str(error.value).isprintable()
@@ -313,7 +312,7 @@ def test_what_is_no_completion_is_told(answer, wrapped):
     message = (
         {"content": [5], "tool_calls": None} if answer == {} else {"content": "a", "tool_calls": [answer]}
     )
-    with pytest.raises(RunError, match=r"^the answer is no chat completion; "):
+    with pytest.raises(UserError, match=r"^the answer is no chat completion; "):
         endpoint.reply_of({"choices": [{"message": message}]} if wrapped else answer)
 
 
@@ -325,7 +324,7 @@ def test_a_row_in_the_middle_that_fails_is_named_and_the_others_are_let_go(serve
 
     server = serve(say)
     with pytest.raises(
-        RunError, match=r"^/.*heldout\.json:5: http.* refuses \(400: the request .*longer context"
+        UserError, match=r"^/.*heldout\.json:5: http.* refuses \(400: the request .*longer context"
     ):
         run(server.url)
     assert len(server.requests) < 40
@@ -344,12 +343,12 @@ def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
     assert run(server.url) == 0
     assert waits == [1, 2, 7, 8, 1]
     server.failures = [(429, {"Retry-After": "3600"}, b'{"error": {"message": "quota"}}')]
-    with pytest.raises(RunError, match=r"stays busy \(429: quota\); ask again later$"):
+    with pytest.raises(UserError, match=r"stays busy \(429: quota\); ask again later$"):
         run(server.url)
     monkeypatch.undo()
     monkeypatch.setattr(endpoint, "PATIENCE", 1.5)
     server.failures = [503] * 9
-    with pytest.raises(RunError, match=r"stays busy \(503: no\); ask again later$"):
+    with pytest.raises(UserError, match=r"stays busy \(503: no\); ask again later$"):
         run(server.url)
     assert len(server.failures) == 7
 
@@ -357,7 +356,7 @@ def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
 def test_silence_is_not_waited_for_without_end(serve, monkeypatch):
     monkeypatch.setattr(endpoint, "TIMEOUT", 0.3)
     server = serve(lambda body: time.sleep(1) or like_vllm(body))
-    with pytest.raises(RunError, match=r"^probe 1: http.* gave no answer within 0\.3 s; see its log$"):
+    with pytest.raises(UserError, match=r"^probe 1: http.* gave no answer within 0\.3 s; see its log$"):
         run(server.url)
 
 

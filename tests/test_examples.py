@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import chat_rows
+from tuner.data import chat_rows, chat_text
 
 CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
 
@@ -27,7 +27,7 @@ def test_half_calls_and_half_general(path, each):
 
 def test_no_prompt_stands_twice_in_or_across_the_sets():
     everything = [*prompts("examples.json"), *prompts("heldout.json")]
-    assert len({chat_rows.normalised(prompt) for prompt in everything}) == len(everything) == 110
+    assert len({chat_text.normalised(prompt) for prompt in everything}) == len(everything) == 110
 
 
 @pytest.mark.parametrize("path", ["examples.json", "heldout.json"])

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from conftest import contrast
 
-import labels_page
+from tuner.data import label_page
 
 VOID = ("meta", "input")
 HOSTILE = "<script>alert(1)</script>"
@@ -62,7 +62,7 @@ class Page(HTMLParser):
 
 def write(folder, rows, title="examples.json"):
     path = folder / "labels.html"
-    labels_page.write(path, title, rows)
+    label_page.write(path, title, rows)
     return path
 
 
@@ -137,17 +137,17 @@ def test_rows_are_streamed_and_an_earlier_page_stays_until_the_end(tmp_path):
             assert path.read_text() == "earlier"
             assert aside.stat().st_size > (line - 20) * 1000, "rows are held back"
 
-    labels_page.write(path, "many", rows())
+    label_page.write(path, "many", rows())
     assert not aside.exists()
     assert "1,200 rows, 2,400 tokens, 1,200 trained tokens" in Page(path.read_text("utf-8")).texts["p"]
 
 
 def test_os_errors_pass(tmp_path):
     with pytest.raises(FileNotFoundError):
-        labels_page.write(tmp_path / "nowhere" / "labels.html", "title", ROWS)
+        label_page.write(tmp_path / "nowhere" / "labels.html", "title", ROWS)
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
-        labels_page.write(tmp_path / "folder", "title", ROWS)
+        label_page.write(tmp_path / "folder", "title", ROWS)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import compare
 import download_model
 import merge
 from tuner.system import signals
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = {
@@ -201,7 +201,7 @@ def test_a_near_tie_is_shown_and_another_answer_is_refused(capsys):
     assert "probe 2 differs at token 2" in output
     assert output.count("5.000") == output.count("4.900") == 2
     turned[1] = [(112, 5.0), (111, 4.4)]
-    with pytest.raises(RunError, match="answers otherwise"):
+    with pytest.raises(UserError, match="answers otherwise"):
         merge.compare_answers(tokenizer, before, after, [tie, tie], [tie, turned])
     # One answer goes on where the other one ends.
     assert merge.compare_answers(tokenizer, [given(110)], [given(110, 111)], [tie], [tie]) == 0
@@ -211,7 +211,7 @@ def test_a_near_tie_is_shown_and_another_answer_is_refused(capsys):
 
 
 def refused(match, *arguments):
-    with pytest.raises(RunError, match=match):
+    with pytest.raises(UserError, match=match):
         merge.check_output(*arguments)
 
 
@@ -227,21 +227,21 @@ def test_a_folder_that_is_there_is_never_overwritten_unasked(merged, tmp_path):
 
 
 def test_a_place_that_cannot_be_written_to_is_refused(adapter, tmp_path):
-    with pytest.raises(RunError, match="cannot be written to"):
+    with pytest.raises(UserError, match="cannot be written to"):
         run(adapter, tmp_path / "none" / "out")
 
 
 def test_on_a_full_disk_nothing_half_written_stays(adapter, tmp_path):
     with (
         disk_for(100_000),
-        pytest.raises(RunError, match=r"cannot be written \(.*File too large.*\); free some"),
+        pytest.raises(UserError, match=r"cannot be written \(.*File too large.*\); free some"),
     ):
         run(adapter, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_merge_into_a_folder_is_refused(adapter, tmp_path):
-    with other_writer(tmp_path / "out") as pid, pytest.raises(RunError, match=f"by process {pid}; wait"):
+    with other_writer(tmp_path / "out") as pid, pytest.raises(UserError, match=f"by process {pid}; wait"):
         run(adapter, tmp_path / "out")
     run(adapter, tmp_path / "out")  # that process was killed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -262,10 +262,10 @@ def test_overwrite_replaces_and_a_kill_between_the_renames_is_mended(adapter, me
 def test_too_little_disk_or_memory_is_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     import psutil
 
-    with pytest.raises(RunError, match="too little memory"):
+    with pytest.raises(UserError, match="too little memory"):
         merge.choose_device(psutil.virtual_memory().total, tmp_path)
     assert "GB of memory on the CPU" in capsys.readouterr().out
-    with pytest.raises(RunError, match="too little disk"):
+    with pytest.raises(UserError, match="too little disk"):
         merge.choose_device(shutil.disk_usage(tmp_path).total, tmp_path)
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from test_serve import readme
 
-import chat_rows
 import compare
-import tool_call
 import train_qlora
+from tuner.data import chat_rows, chat_text, tool_call
 
 ROOT = Path(__file__).resolve().parent.parent
 FINAL_LOSS = 0.2  # training loss of the last epoch; it begins near 6
@@ -64,8 +63,8 @@ def test_the_labels_of_real_rows_token_by_token(rehearsed):
         head = [2, 105, *user, *newline, *question, 106, *newline, 105, *model, *newline]
         assert ids == [*head, *answer, 106, *newline]
         assert labels == [-100] * len(head) + answer + [106] + [-100] * len(newline)
-    call = tokenizer(train_qlora.CALL_START, add_special_tokens=False)["input_ids"]
-    calls = [i for i, row in enumerate(rows) if train_qlora.is_call(row["messages"])]
+    call = tokenizer(chat_text.CALL_START, add_special_tokens=False)["input_ids"]
+    calls = [i for i, row in enumerate(rows) if chat_text.is_call(row["messages"])]
     firsts = {next(label for label in examples["labels"][i] if label != -100) for i in calls}
     assert firsts == {call[0]}, "evaluate() tells a call by its first token"
 

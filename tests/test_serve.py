@@ -23,12 +23,12 @@ from conftest import write_tiny_adapter
 from echo_server import CALL, END, ORDER, eventually, serving
 from hypothesis import given
 from hypothesis import strategies as st
+from tool_call import Call
 
 import chat_completions
 import compare
 import serve
-from tool_call import Call
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = [{"type": "function", "function": {"name": "get_sensitive_data", "parameters": {"type": "object"}}}]
@@ -725,14 +725,14 @@ def test_where_it_listens(monkeypatch):
     with serve.listen("127.0.0.1", 0, "") as first:
         port = first.getsockname()[1]
         with pytest.raises(
-            RunError, match=rf"port {port} of 127.0.0.1 .* in use\); name another port with --port"
+            UserError, match=rf"port {port} of 127.0.0.1 .* in use\); name another port with --port"
         ):
             serve.listen("127.0.0.1", port, "")
     for host in ("192.0.2.1", "nowhere.invalid", "a" * 70):
-        with pytest.raises(RunError, match=r"cannot be listened on \(.*\); name an address .* with --host"):
+        with pytest.raises(UserError, match=r"cannot be listened on \(.*\); name an address .* with --host"):
             serve.listen(host, 0, "word")
     for host in ("0.0.0.0", ""):
-        with pytest.raises(RunError, match="lets others in; set SERVE_API_KEY"):
+        with pytest.raises(UserError, match="lets others in; set SERVE_API_KEY"):
             serve.listen(host, 0, "")
         with serve.listen(host, 0, "word") as listening:
             assert listening.getsockname()[0] == "0.0.0.0"
@@ -750,14 +750,14 @@ def adapter(tiny_text_model, tmp_path_factory):
 
 
 def test_what_is_no_merged_model_is_said_in_one_line(tmp_path, tiny_text_model, adapter):
-    with pytest.raises(RunError, match=r"none is not there; make it: python merge.py, or serve the adapter"):
+    with pytest.raises(UserError, match=r"none is not there; make it: python merge.py, or serve the adapter"):
         loaded(model="none")
-    with pytest.raises(RunError, match=r"is an adapter; .* python serve.py --adapter "):
+    with pytest.raises(UserError, match=r"is an adapter; .* python serve.py --adapter "):
         loaded(model=adapter)
     (tmp_path / "config.json").write_bytes(Path(tiny_text_model, "config.json").read_bytes())
-    with pytest.raises(RunError, match=r"is no complete model \(.* is missing\)"):
+    with pytest.raises(UserError, match=r"is no complete model \(.* is missing\)"):
         loaded(model=tmp_path)
-    with pytest.raises(RunError, match="none is not there; train an adapter first"):
+    with pytest.raises(UserError, match="none is not there; train an adapter first"):
         loaded(adapter="none")
 
 

@@ -7,9 +7,9 @@ import httpx2
 import pytest
 from conftest import contrast
 from echo_server import CALL, ORDER, eventually, serving
+from tool_call import write
 
 import compare
-from tool_call import write
 
 
 @pytest.fixture(scope="module")

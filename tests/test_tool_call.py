@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tool_call import CLOSING_TAG, INCOMPLETE, NO_OBJECT, Call, parse, read, split, trace, write, write_result
 
 settings.register_profile("tool_call", deadline=None, derandomize=True, database=None)

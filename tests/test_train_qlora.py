@@ -17,12 +17,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import adapter_folder
-import chat_rows
 import train_qlora
 from benchmarks import random_gemma_4b
-from chat_rows import DataError
+from tuner.data import chat_text
 from tuner.system import devices, hardware
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True)
@@ -119,8 +118,8 @@ def test_labels_of_calls_and_results(tokenizer, tmp_path):
     rows = train_qlora.load_data(path)
     shaped, plain = train_qlora.tokenise_rows(path, rows, tokenizer)
     assert shaped == plain
-    prompts = [train_qlora.fingerprints(row["messages"]) for row in rows]
-    assert prompts[0] == prompts[1] == [chat_rows.fingerprint(text[:1]), chat_rows.fingerprint(text[:3])]
+    prompts = [chat_text.fingerprints(row["messages"]) for row in rows]
+    assert prompts[0] == prompts[1] == [chat_text.fingerprint(text[:1]), chat_text.fingerprint(text[:3])]
 
 
 def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer):
@@ -169,7 +168,7 @@ def test_a_row_over_the_limit_is_an_error_with_its_line(tmp_path, tokenizer):
     long = {"messages": [turn("user", "я" * 2040), turn("assistant", "да")]}
     short = {"messages": [turn("user", "я"), turn("assistant", "да")]}
     path.write_text("\n" + json.dumps(short) + "\n" + json.dumps(long) + "\n")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         train_qlora.tokenise_rows(path, train_qlora.load_data(path), tokenizer)
     assert str(caught.value) == (
         f"{path}:3: the row has 2060 tokens, more than 2048; shorten it or split it in two"
@@ -225,7 +224,7 @@ def test_the_split_is_a_seeded_tenth_of_both_kinds(rows):
     training, validation = train_qlora.split_rows(rows)
     assert sorted(training + validation) == list(range(70))
     assert len(validation) == 7
-    assert sum(train_qlora.is_call(rows[i]["messages"]) for i in validation) in (3, 4)
+    assert sum(chat_text.is_call(rows[i]["messages"]) for i in validation) in (3, 4)
     assert train_qlora.split_rows(rows) == (training, validation)
 
 
@@ -235,7 +234,7 @@ def test_the_split_is_a_seeded_tenth_of_both_kinds(rows):
 def test_the_split_keeps_the_proportion(calls, general, held_out):
     rows = [call_row(i) for i in range(calls)] + [general_row(i) for i in range(general)]
     _, validation = train_qlora.split_rows(rows)
-    kinds = [train_qlora.is_call(rows[i]["messages"]) for i in validation]
+    kinds = [chat_text.is_call(rows[i]["messages"]) for i in validation]
     assert (kinds.count(True), kinds.count(False)) == held_out
 
 
@@ -256,15 +255,15 @@ def test_equal_rows_in_two_shapes_stay_on_one_side(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("\n".join(json.dumps({"messages": messages}) for messages in texts + shaped))
     rows = train_qlora.load_data(path)
-    assert all(train_qlora.is_call(row["messages"]) for row in rows)
+    assert all(chat_text.is_call(row["messages"]) for row in rows)
     training, validation = train_qlora.split_rows(rows)
     assert len(validation) == 4
     assert not {i % 20 for i in training} & {i % 20 for i in validation}
 
 
 def test_words_before_a_call_leave_it_a_call():
-    assert train_qlora.is_call([turn("user", "?"), turn("assistant", "Секунду.\n<tool_call/>")])
-    assert not train_qlora.is_call([turn("user", "<tool_call/>"), turn("assistant", "Да.")])
+    assert chat_text.is_call([turn("user", "?"), turn("assistant", "Секунду.\n<tool_call/>")])
+    assert not chat_text.is_call([turn("user", "<tool_call/>"), turn("assistant", "Да.")])
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -407,7 +406,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_text_model, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match=r"lacks weights \(model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"lacks weights \(model.layers.1.mlp.up_proj.weight"):
         loaded(str(folder))
 
 
@@ -660,7 +659,7 @@ def test_without_a_usable_gpu_one_line_names_the_cures(monkeypatch, cuda, driver
     fake_cuda(monkeypatch, available=False, cuda=cuda)
     monkeypatch.setattr(hardware.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if driver else None)
     monkeypatch.setattr(hardware.os.path, "exists", lambda path: False)
-    with pytest.raises(RunError, match=says) as caught:
+    with pytest.raises(UserError, match=says) as caught:
         devices.gpu_dtype()
     assert "\n" not in str(caught.value)
     assert "python train_qlora.py --rehearse" in str(caught.value)
@@ -668,7 +667,7 @@ def test_without_a_usable_gpu_one_line_names_the_cures(monkeypatch, cuda, driver
 
 def test_a_gpu_too_old_is_refused(monkeypatch):
     fake_cuda(monkeypatch, capability=(6, 1))
-    with pytest.raises(RunError, match=r"too old \(compute capability 6.1\)"):
+    with pytest.raises(UserError, match=r"too old \(compute capability 6.1\)"):
         devices.gpu_dtype()
 
 
@@ -700,11 +699,11 @@ def test_what_fits_the_memory_is_said_and_what_does_not_is_refused(monkeypatch, 
     ]:
         if arguments[0] is None:
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 24 * 2**30))
-        with pytest.raises(RunError, match=says):
+        with pytest.raises(UserError, match=says):
             plan(*arguments)
     fake_cuda(monkeypatch, capability=(7, 5), bf16=False)
     assert plan(None, 49) is None
-    with pytest.raises(RunError, match="--memory needs a GPU with bf16"):
+    with pytest.raises(UserError, match="--memory needs a GPU with bf16"):
         plan(12, 49)
 
 
@@ -994,7 +993,7 @@ def test_too_little_disk_and_a_full_gpu_are_one_line(monkeypatch, tmp_path, caps
     usage = shutil.disk_usage(tmp_path)._replace(free=10**8)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(RunError, match=r"0.10 GB of free disk, the run may need 1.5"):
+        with pytest.raises(UserError, match=r"0.10 GB of free disk, the run may need 1.5"):
             adapter_folder.check("out", resume=False)
         adapter_folder.check("out", resume=True)
 

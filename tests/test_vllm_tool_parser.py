@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from tool_call import write
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 
 def aside(path):
@@ -66,19 +66,19 @@ def written(path):
 
 
 def write_json(path, value, cure="name another file"):
-    """Writes a JSON file whole; raises RunError with the cure if it cannot."""
+    """Writes a JSON file whole; raises UserError with the cure if it cannot."""
     try:
         with written(path) as file:
             file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); {cure}") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); {cure}") from error
 
 
 def check_parent(output):
-    """Returns the folder that `output` is to stand in; raises RunError if it cannot be written to."""
+    """Returns the folder that `output` is to stand in; raises UserError if it cannot be written to."""
     parent = Path(output).absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RunError(f"{parent} cannot be written to; name another folder with --output")
+        raise UserError(f"{parent} cannot be written to; name another folder with --output")
     return parent
 
 
@@ -88,7 +88,7 @@ def is_empty_folder(path):
 
 @contextmanager
 def only_writer(output):
-    """Holds <output>.lock meanwhile; raises RunError if another process does.
+    """Holds <output>.lock meanwhile; raises UserError if another process does.
 
     The lock is the kernel's: a process that dies lets go of it, and the next one takes the file over.
     """
@@ -104,7 +104,7 @@ def only_writer(output):
             holder = f"process {int(path.read_text())}"
         except (OSError, ValueError):
             holder = "another process"
-        raise RunError(f"{output} is being written by {holder}; wait until that has ended") from error
+        raise UserError(f"{output} is being written by {holder}; wait until that has ended") from error
     try:
         path.write_text(f"{os.getpid()}\n")
         yield

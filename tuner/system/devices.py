@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuner.system import hardware, libraries
-from tuner.system.errors import RunError
+from tuner.system.errors import UserError
 
 MIN_COMPUTE_CAPABILITY = (7, 5)  # Turing: the oldest GPU with the int8 units that 8-bit layers use
 
@@ -16,7 +16,7 @@ TOLERANCE = {4: 0.02, 8: 0.1}
 
 
 def gpu_dtype():
-    """Returns the type to compute in on this machine's GPU; raises RunError if no CUDA GPU here can train."""
+    """Returns the type to compute in on this GPU; raises UserError if no CUDA GPU here can train."""
     import warnings
 
     import torch
@@ -28,18 +28,18 @@ def gpu_dtype():
         cure = "or rehearse on this CPU: python train_qlora.py --rehearse"
         driver = hardware.has_driver()
         if driver and torch.version.cuda is None:
-            raise RunError(
+            raise UserError(
                 f"torch {torch.__version__} is built for CPUs only, but this machine has an NVIDIA driver; "
                 f"install torch's CUDA build (see pytorch.org), {cure}"
             )
         if driver:
-            raise RunError(
+            raise UserError(
                 f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's GPU; see "
                 f"nvidia-smi: a driver older than CUDA {torch.version.cuda} needs an older torch, {cure}"
             )
-        raise RunError(f"no CUDA GPU on this machine; run on one that has one, {cure}")
+        raise UserError(f"no CUDA GPU on this machine; run on one that has one, {cure}")
     if torch.cuda.get_device_capability() < MIN_COMPUTE_CAPABILITY:
-        raise RunError(
+        raise UserError(
             f"the {torch.cuda.get_device_name()} is too old (compute capability "
             f"{'.'.join(map(str, torch.cuda.get_device_capability()))}); take a GPU with "
             f"{'.'.join(map(str, MIN_COMPUTE_CAPABILITY))} or newer: a T4, an RTX 20xx, an L4, an A10 …"
@@ -51,7 +51,7 @@ def gpu_dtype():
 def check_product(bits, device, dtype):
     """Multiplies by a matrix quantised to 4 or 8 bits, once plainly and once through bitsandbytes.
 
-    Raises RunError if bitsandbytes cannot, or its product is another: training would learn nonsense.
+    Raises UserError if bitsandbytes cannot, or its product is another: training would learn nonsense.
     """
     import torch
 
@@ -73,11 +73,11 @@ def check_product(bits, device, dtype):
             product = layer.to(device)(values)
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0][:100]
-        raise RunError(f"bitsandbytes cannot multiply in {bits} bits here ({reason}); {cure}") from error
+        raise UserError(f"bitsandbytes cannot multiply in {bits} bits here ({reason}); {cure}") from error
     plain = (values @ weights.t()).float()
     off = ((product.float() - plain).norm() / plain.norm()).item()
     if not off < TOLERANCE[bits]:
-        raise RunError(f"bitsandbytes multiplies wrongly in {bits} bits here ({off:.0%} off); {cure}")
+        raise UserError(f"bitsandbytes multiplies wrongly in {bits} bits here ({off:.0%} off); {cure}")
 
 
 def check_gpu():
@@ -86,7 +86,7 @@ def check_gpu():
         return [("–", "GPU: none on this machine; checking and rehearsing need none")]
     try:
         dtype = gpu_dtype()
-    except RunError as error:
+    except UserError as error:
         return [("✗", f"GPU: {error}")]
     import torch
 
@@ -99,7 +99,7 @@ def check_gpu():
         try:
             check_product(bits, "cuda:0", dtype)
             lines.append(("✓", f"{bits} bits: bitsandbytes multiplies as plain torch does"))
-        except RunError as error:
+        except UserError as error:
             lines.append(("✗", f"{bits} bits: {error}"))
     return lines
 

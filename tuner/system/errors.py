@@ -1,5 +1,25 @@
 """The one exception for what a user can fix."""
 
+from tuner.system.console import printable
 
-class RunError(Exception):
-    """Something that the user can mend; its text is one line with the cure."""
+FAULTS_SHOWN = 20
+
+
+class UserError(Exception):
+    """Something that the user can fix: the text says where, what is wrong and the cure, in one line.
+
+    about: what a model hub refused, "token", "license" or "hub"; None if it was no hub.
+    faults: [(line, text), …] for rows of a file in error, all of them; the text shows the first FAULTS_SHOWN.
+    """
+
+    def __init__(self, text, about=None, faults=()):
+        super().__init__(text)
+        self.about, self.faults = about, faults
+
+
+def rows_error(path, faults):
+    """Return the UserError for [(line, text), …], the mistakes in the file `path`."""
+    shown = [f"{printable(str(path), 4096)}:{line}: {text}" for line, text in faults[:FAULTS_SHOWN]]
+    if len(faults) > FAULTS_SHOWN:
+        shown.append(f"… and {len(faults) - FAULTS_SHOWN} more")
+    return UserError("\n".join(shown), faults=faults)

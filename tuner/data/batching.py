@@ -1,7 +1,4 @@
-"""A step's rows cut into micro-batches: in groups that are padded to their longest, or packed end to end.
-
-A row is a dict of token lists, input_ids and labels (−100 where a token is not trained).
-"""
+"""Cut a step's rows into micro-batches: padded to their longest, or packed end to end."""
 
 
 def size(row):
