@@ -22,10 +22,10 @@ from types import SimpleNamespace
 import adapter_folder
 import compare
 import cuda_graphs
-import download_model
 import memory_estimate
 import train_qlora
 from tuner.data import chat_rows, chat_text, row_faults, row_warnings
+from tuner.model import folders, hub, locate
 from tuner.system import console, devices, hardware, libraries
 from tuner.system.console import printable
 from tuner.system.errors import UserError, rows_error
@@ -76,15 +76,15 @@ def find_tokenizer(model, online):
         logging.set_verbosity_error()
         if is_tokenizer(model):
             return train_qlora.load_tokenizer(model), model
-        if not download_model.is_local(model):
+        if not locate.is_local(model):
             try:
                 return train_qlora.load_tokenizer(model, local_files_only=not online), model
             except (OSError, ValueError):
                 pass  # "access" says why
-        small = next((f for f in (download_model.SMALL_FOLDER, TOKENIZER_FOLDER) if is_tokenizer(f)), None)
+        small = next((f for f in (folders.SMALL_FOLDER, TOKENIZER_FOLDER) if is_tokenizer(f)), None)
         if small is None:
             # In a process of its own: the reader of the package wants torch.
-            code = f"import download_model; download_model.build_tokenizer({TOKENIZER_FOLDER!r})"
+            code = f"from tuner.model import small_model; small_model.build_tokenizer({TOKENIZER_FOLDER!r})"
             made = subprocess.run(
                 [sys.executable, "-c", code], capture_output=True, text=True,
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
@@ -243,8 +243,8 @@ def show_cost(d, numbers, price):
 def access(model, offline):
     """Returns [(mark, text), …]: mark is ✓, ✗ (with the cure) or – (not needed, or not known)."""
     lines = []
-    if download_model.is_local(model):
-        missing = download_model.missing_files(model)
+    if locate.is_local(model):
+        missing = folders.missing_files(model)
         cure = "; python download_model.py brings one"
         lines.append(
             ("✗", f"model: {model} lacks {missing[0]}{cure}") if missing else ("✓", f"model: {model}")
@@ -256,7 +256,7 @@ def access(model, offline):
 
         token = ("✓", "token: there") if get_token() else ("–", "token: none")
         try:
-            _, files = download_model.ask_hub(model)
+            _, files = hub.ask_hub(model)
             download = sum(file.size for file in files)
             lines += [token, ("✓", f"licence: accepted, {model} may be downloaded ({download / 1e9:.1f} GB)")]
         except UserError as error:
@@ -265,7 +265,7 @@ def access(model, offline):
             lines += [("–", "licence: not known before that")] if error.about != "licence" else []
     free = shutil.disk_usage(".").free
     weights = 2 * memory_estimate.GEMMA_3_4B_WEIGHTS  # bytes
-    needed = 2 * weights + adapter_folder.DISK_NEEDED + download_model.RESERVE
+    needed = 2 * weights + adapter_folder.DISK_NEEDED + hub.RESERVE
     takes = f"model ({weights / 1e9:.1f}, a download), adapter and merged model take {needed / 1e9:.0f}"
     enough = f"disk: {free / 1e9:.0f} GB free; {takes}"
     lines.append(("✓", enough) if free >= needed else ("✗", enough + "; free some, or take another folder"))
@@ -286,7 +286,7 @@ def parse_arguments(arguments=None):
         return text if text == "all" else [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description="Check rows, labels, plan, cost and access before training.")
-    base = download_model.default_model()
+    base = locate.default_model()
     parser.add_argument("--data", default=train_qlora.DATA_PATH, help="chat rows (default: %(default)s)")
     parser.add_argument("--model", default=base, help="folder or hub name of the base (default: %(default)s)")
     parser.add_argument("--gpu-price", type=price, default=GPU_PRICE, help="an hour (default: %(default)s)")

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import adapter_folder
 import cuda_decoding
-import download_model
 import endpoint
 import train_qlora
 from tuner.data import batching, chat_rows, chat_text, tool_call
+from tuner.model import folders, locate
 from tuner.system import atomic, console, devices, libraries, scripts
 from tuner.system.console import printable
 from tuner.system.errors import UserError, rows_error
@@ -67,7 +67,7 @@ def load(adapter, bits):
     from peft import PeftConfig, PeftModel
 
     base = config["base_model_name_or_path"]
-    folder, revision = download_model.find_model(base, rehearse=not torch.cuda.is_available())
+    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available())
     adapter_folder.check_weights(adapter, folder, revision)
     model, tokenizer = load_folder(folder, base, bits)
     lora = PeftConfig.from_pretrained(adapter)
@@ -83,7 +83,7 @@ def load_folder(folder, name, bits):
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda:0", devices.gpu_dtype()) if gpu else ("cpu", torch.float32)
     if gpu and bits is None:
-        needed = WEIGHTS_ROOM * download_model.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
+        needed = WEIGHTS_ROOM * folders.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
         free, _ = torch.cuda.mem_get_info()
         if needed > free:
             raise UserError(

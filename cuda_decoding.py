@@ -7,6 +7,7 @@ As in training, the GPU waits for kernels that are launched one by one from Pyth
 from functools import partial
 
 import cuda_graphs
+from tuner.model import attention, quantized
 from tuner.system import devices
 
 
@@ -19,7 +20,7 @@ def never_wait(decoder):
 
     for layer in decoder.modules():
         if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
-            layer.forward = partial(multiply, cuda_graphs.eight_bits(layer).product)
+            layer.forward = partial(multiply, quantized.eight_bits(layer).product)
 
 
 def decode(model, input_ids, attention_mask, new, ends, on_step):
@@ -45,7 +46,7 @@ def decode(model, input_ids, attention_mask, new, ends, on_step):
     def step(ids, asking):
         """Writes the token that follows ids, (rows, n), whose places are `asking`, (n,)."""
         own = (places >= starts[:, None])[:, None]
-        masks = cuda_graphs.attention_masks(model, own, asking[:, None] - places)
+        masks = attention.attention_masks(model, own, asking[:, None] - places)
         positions = (asking - starts[:, None]).clamp(min=0)
         states = decoder(
             input_ids=ids, position_ids=positions, attention_mask=masks, past_key_values=cache

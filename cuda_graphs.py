@@ -8,12 +8,13 @@ attending to itself alone. Only the sequence's end is padded, and no layer is co
 
 import math
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
 from memory_estimate import MULTIPLE
 from tuner.data import batching
+from tuner.model import attention
 
 PARTS = 16  # the lengths of packed sequences are multiples of a sixteenth of the longest one
 CAPTURE = 10_000  # tokens, computed in the time that a capture takes: what a further length has to save
@@ -22,8 +23,6 @@ CAPTURE = 10_000  # tokens, computed in the time that a capture takes: what a fu
 KERNELS, LAUNCHING = {4: 0.04, 8: 0.055}, {4: 1.1, 8: 0.9}
 SELDOM = 1  # a run of so many micro-batches, or fewer, is worth no capture
 PATTERN = 6  # layers: in Gemma 3 every sixth attends to all tokens, the others to those in a window
-ATTENTION = "packed"  # our own kind, by transformers' name for it
-SHORT = 1024  # tokens; a longer sequence's attention weights are better never written down
 
 
 # --------------------------------------------------------------------------------------------- packing
@@ -116,22 +115,6 @@ def make_cross_entropy(at_once):
     return CrossEntropy.apply
 
 
-def attention_masks(model, own, behind):
-    """Returns what is added to the scores of attention, (rows, 1, asking, asked), by the kind of the layer.
-
-    own: (rows or 1, asking or 1, asked), whether a token is of the row that asks; behind: (asking, asked), by
-    how many places it is behind the one that asks.
-    """
-    import torch
-
-    dtype, window = model.get_input_embeddings().weight.dtype, model.config.get_text_config().sliding_window
-    seen, masks = own & (behind >= 0), {}
-    for kind, mask in (("full_attention", seen), ("sliding_attention", seen & (behind < window))):
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        masks[kind] = added.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
-    return masks
-
-
 def packed_loss(model, batch, cross_entropy):
     """Returns the summed cross entropy of a packed micro-batch, given as `tensors` makes it."""
     import torch
@@ -140,225 +123,13 @@ def packed_loss(model, batch, cross_entropy):
     documents = batch["documents"]
     place = torch.arange(len(documents), device=documents.device)
     behind = place[:, None] - place
-    masks = attention_masks(model, (documents[:, None] == documents)[None], behind)
+    masks = attention.attention_masks(model, (documents[:, None] == documents)[None], behind)
     ids, positions = batch["input_ids"][None], batch["positions"][None]
     decoder = base.get_decoder()
-    with attending(decoder.config) if len(documents) <= SHORT else nullcontext():
+    with attention.attending(decoder.config) if len(documents) <= attention.SHORT else nullcontext():
         hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=masks).last_hidden_state[0]
     trained = hidden.index_select(0, batch["places"])
     return cross_entropy(trained, base.get_output_embeddings().weight, batch["targets"])
-
-
-# ---------------------------------------------------------------------------------------------- layers
-
-
-def prepare(model):
-    """Has the model's layers compute the same in fewer kernels, keep less, and never wait for the GPU."""
-    keep_less(model)
-    adapt(model)
-    add_attention()
-
-
-def fp32_product(a, b):
-    """Returns the product in fp32 of matrices, or batches of them, in any type."""
-    import torch
-
-    if not a.is_cuda or a.dtype == torch.float32:
-        return a @ b
-    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
-
-
-def keep_less(model):
-    """Has norms and gates keep their inputs alone for the backward pass, and compute the rest anew.
-
-    A norm of transformers 5.20 keeps three tensors in fp32 and is eight kernels; torch has one that is one.
-    """
-    import torch
-    from transformers.models.gemma3 import modeling_gemma3
-
-    def normed(values, epsilon):
-        return torch.nn.functional.rms_norm(values, values.shape[-1:], None, epsilon)
-
-    class Norm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, values, scale, epsilon):
-            ctx.save_for_backward(values, scale)
-            ctx.epsilon = epsilon
-            return normed(values.float(), epsilon).mul_(scale).to(values.dtype)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            values, scale = ctx.saved_tensors
-            with torch.enable_grad():
-                whole = values.detach().float().requires_grad_()
-                result = torch.autograd.grad(normed(whole, ctx.epsilon), whole, gradient * scale)[0]
-            return result.to(values.dtype), None, None
-
-    class Gate(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, gate, values):
-            ctx.save_for_backward(gate, values)
-            return torch.nn.functional.gelu(gate, approximate="tanh").mul_(values)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            gate, values = ctx.saved_tensors
-            opened = torch.nn.functional.gelu(gate, approximate="tanh").mul_(gradient)
-            return torch.ops.aten.gelu_backward(gradient * values, gate, approximate="tanh"), opened
-
-    def norm(layer, scale, values):
-        return Norm.apply(values, scale, layer.eps)
-
-    def gated(layer, values):
-        return layer.down_proj(Gate.apply(layer.gate_proj(values), layer.up_proj(values)))
-
-    decoder = model.get_base_model().get_decoder()
-    for layer in decoder.modules():
-        if isinstance(layer, modeling_gemma3.Gemma3RMSNorm):
-            layer.forward = partial(norm, layer, 1 + layer.weight.detach().float())
-        elif isinstance(layer, modeling_gemma3.Gemma3MLP):
-            layer.forward = partial(gated, layer)
-
-
-def adapt(model):
-    """Has a projection and its LoRA be one function: it keeps its input, which others share, and a mask.
-
-    PEFT 0.21.2 keeps the input after dropout too, another one for each projection.
-    """
-    import bitsandbytes
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    class Adapted(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, values, a, b, base, scaling, rate):
-            rows, mask = values.reshape(-1, values.shape[-1]), None
-            result, kept = base.product(rows), rows
-            if rate:
-                kept, mask = torch.native_dropout(rows, rate, True)
-            hidden = kept @ a.to(rows.dtype).t()
-            result.addmm_(hidden, b.to(rows.dtype).t(), alpha=scaling)
-            ctx.save_for_backward(rows, mask, hidden, a, b)
-            ctx.base, ctx.scaling, ctx.kept, ctx.shape = base, scaling, 1 / (1 - rate), values.shape
-            return result.reshape(*values.shape[:-1], -1)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            rows, mask, hidden, a, b = ctx.saved_tensors
-            gradient = gradient.reshape(-1, gradient.shape[-1])
-            inner = (gradient @ b.to(rows.dtype)).mul_(ctx.scaling)
-            for_rows = ctx.base.back(gradient)
-            if mask is None:
-                for_rows.addmm_(inner, a.to(rows.dtype))
-            else:
-                for_rows.addcmul_(inner @ a.to(rows.dtype), mask, value=ctx.kept)
-                rows = torch.ops.aten.native_dropout_backward(rows, mask, ctx.kept)
-            for_b = fp32_product(gradient.t(), hidden).mul_(ctx.scaling)
-            return for_rows.reshape(ctx.shape), fp32_product(inner.t(), rows), for_b, None, None, None
-
-    def adapted(layer, base, values):
-        name = layer.active_adapters[0]
-        rate = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return Adapted.apply(values, a, b, base, layer.scaling[name], rate)
-
-    for layer in model.get_base_model().get_decoder().modules():
-        if isinstance(layer, LoraLayer):
-            eight = isinstance(layer.base_layer, bitsandbytes.nn.Linear8bitLt)
-            layer.forward = partial(adapted, layer, (eight_bits if eight else four_bits)(layer.base_layer))
-
-
-def add_attention():
-    """Adds ATTENTION to what transformers knows: products of matrices, and the same again for the gradient.
-
-    torch's own adds up gradients in an order of chance, so that no run would be like another; and cuDNN's,
-    which torch takes on an H100, is compiled for the shapes at hand when a machine first sees them (2 s).
-    """
-    import torch
-    from transformers import AttentionInterface
-
-    def weigh(queries, keys, mask):
-        scores = fp32_product(queries, keys.transpose(1, 2))
-        scores.view(len(keys), -1, *mask.shape[2:]).add_(mask)
-        return scores.softmax(-1)
-
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, queries, keys, values, mask):
-            ctx.save_for_backward(queries, keys, values, mask)
-            return weigh(queries, keys, mask).to(values.dtype) @ values
-
-        @staticmethod
-        def backward(ctx, gradient):
-            queries, keys, values, mask = ctx.saved_tensors
-            weights = weigh(queries, keys, mask)
-            for_values = weights.to(values.dtype).transpose(1, 2) @ gradient
-            for_weights = fp32_product(gradient, values.transpose(1, 2))
-            scores = torch.ops.aten._softmax_backward_data(for_weights, weights, -1, weights.dtype)
-            scores = scores.to(values.dtype)
-            return scores @ keys, scores.transpose(1, 2) @ queries, for_values, None
-
-    def attend(layer, queries, keys, values, attention_mask, scaling, **_):
-        groups = keys.shape[1]  # of heads that have keys and values in common
-        one = (queries * scaling).reshape(groups, -1, queries.shape[-1])
-        result = Attention.apply(one, keys[0], values[0], attention_mask)
-        return result.view(queries.shape).transpose(1, 2), None
-
-    AttentionInterface.register(ATTENTION, attend)
-
-
-@contextmanager
-def attending(config):
-    """Has the layers of the text model with this config attend by ATTENTION meanwhile."""
-    before, config._attn_implementation = config._attn_implementation, ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def four_bits(layer):
-    """Returns product(values) and back(gradient) of a layer of 4 bits: × weight transposed, and × weight."""
-    import bitsandbytes
-
-    state = layer.weight.quant_state
-
-    def product(values):
-        return bitsandbytes.matmul_4bit(values, layer.weight, quant_state=state)
-
-    def back(gradient):
-        return gradient @ bitsandbytes.functional.dequantize_4bit(layer.weight, state).to(gradient.dtype)
-
-    return SimpleNamespace(product=product, back=back)
-
-
-def eight_bits(layer):
-    """Returns product(values) and back(gradient) of a layer of 8 bits: × weight transposed, and × weight.
-
-    LLM.int8 (arXiv 2208.07339) multiplies the columns that have an outlier in 16 bits. bitsandbytes 0.50.2
-    waits for the GPU to tell which they are, and a graph cannot. Here all are so multiplied, the others as 0.
-    """
-    import torch
-
-    if layer.weight.CB is not None:
-        layer.init_8bit_state()
-    state = layer.state
-    scale = state.SCB / 127  # of an output; what is multiplied by it here is smaller than the weight
-
-    def product(values):
-        half = values.half()
-        outliers = half.abs() >= state.threshold
-        columns = outliers.any(0)
-        rows, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half.masked_fill_(outliers, 0), 0.0)
-        rows.masked_fill_(columns, 0)
-        dtype = values.dtype
-        result = torch.ops.bitsandbytes.int8_scaled_mm(rows, state.CB, scales, state.SCB, dtype=dtype)
-        return result.add_((values.masked_fill(~columns, 0) @ state.CB.to(dtype).t()).mul_(scale))
-
-    def back(gradient):
-        return (gradient * scale).to(gradient.dtype) @ state.CB.to(gradient.dtype)
-
-    return SimpleNamespace(product=product, back=back)
 
 
 # ---------------------------------------------------------------------------------------------- graphs

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import adapter_folder
 import compare
-import download_model
 import train_qlora
+from tuner.model import folders, locate
 from tuner.system import atomic, devices, libraries, signals
 from tuner.system.console import printable
 from tuner.system.errors import UserError
@@ -46,7 +46,7 @@ def check_output(output, base, adapter, overwrite):
     if output.exists() and not atomic.is_empty_folder(output):
         if not overwrite:
             raise UserError(f"{output} is there; add --overwrite, or name another folder with --output")
-        if not output.is_dir() or download_model.missing_files(output):
+        if not output.is_dir() or folders.missing_files(output):
             raise UserError(f"{output} is there and is no model; name another folder with --output")
 
 
@@ -126,7 +126,7 @@ def tensors(folder):
     from safetensors import safe_open
 
     names = {}
-    for path in download_model.weight_files(folder):
+    for path in folders.weight_files(folder):
         with safe_open(path, "pt") as file:
             names.update(dict.fromkeys(file.keys(), path))
     return names
@@ -297,10 +297,10 @@ def merge(args, base, record, output):
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
-    folder, revision = download_model.find_model(base, rehearse=not torch.cuda.is_available())
+    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available())
     adapter_folder.check_weights(args.adapter, folder, revision)
     print(f"merging    {args.adapter} into {printable(base)}")
-    device = choose_device(download_model.weight_bytes(folder), output.absolute().parent)
+    device = choose_device(folders.weight_bytes(folder), output.absolute().parent)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # the same bf16 values, exactly, in fp32
     tokenizer = AutoTokenizer.from_pretrained(folder)
     probes = [[{"role": "user", "content": prompt}] for prompt, _ in compare.PROBES]
@@ -340,7 +340,7 @@ def merge(args, base, record, output):
         shutil.rmtree(aside, ignore_errors=True)
     print(f"memory     {devices.told(devices.peak_memory(torch.device(device)))}")
     print(f"time       {time.perf_counter() - started:.1f} s")
-    print(f"merged     {output}, {download_model.weight_bytes(output) / 1e9:.1f} GB")
+    print(f"merged     {output}, {folders.weight_bytes(output) / 1e9:.1f} GB")
     print(f"next       python serve.py --model {output}")
 
 

@@ -32,14 +32,14 @@ from starlette.requests import ClientDisconnect
 
 import adapter_folder
 import compare
-import download_model
 import train_qlora
 from chat_completions import BUG, Asked, End, error_body, events, make_job, parse, refusal, until_stop, whole
+from tuner.model import folders
 from tuner.system import console, devices, libraries, scripts, signals
 from tuner.system.console import printable
 from tuner.system.errors import UserError
 
-MODEL = Path(download_model.BASE_FOLDER).name + "-merged"
+MODEL = Path(folders.BASE_FOLDER).name + "-merged"
 KEY = "SERVE_API_KEY"
 PAGE = Path(__file__).with_name("serve_page.html")
 LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1])(:[0-9]+)?", re.IGNORECASE)
@@ -284,7 +284,7 @@ def load(args):
         raise UserError(f"{folder} is not there; make it: python merge.py, or serve the adapter: {adapter}")
     if adapter_folder.is_finished(folder):
         raise UserError(f"{folder} is an adapter; serve it on its base: python serve.py --adapter {folder}")
-    if missing := download_model.missing_files(folder):
+    if missing := folders.missing_files(folder):
         raise UserError(f"{folder} is no complete model ({missing[0]} is missing); remove it and merge again")
     libraries.import_libraries()
     return *compare.load_folder(str(folder), folder, args.bits), [printable(folder.resolve().name)]

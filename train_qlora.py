@@ -27,9 +27,9 @@ from pathlib import Path
 import adapter_folder
 import checkpoints
 import cuda_graphs
-import download_model
 import memory_estimate
 from tuner.data import batching, chat_rows, chat_text
+from tuner.model import folders, fused, locate
 from tuner.system import atomic, console, devices, hardware, libraries, scripts, signals
 from tuner.system.console import printable
 from tuner.system.errors import UserError, rows_error
@@ -654,7 +654,7 @@ def parse_arguments():
         parse.__name__ = f"positive {kind.__name__}"
         return parse
 
-    base = download_model.default_model()
+    base = locate.default_model()
     parser = argparse.ArgumentParser(description="Tune Gemma 3 with QLoRA on chat rows.", allow_abbrev=False)
     parser.add_argument("--model", help=f"folder or hub name of the base model (default: {base})")
     parser.add_argument("--data", default=DATA_PATH, help="chat rows (default: %(default)s)")
@@ -677,7 +677,7 @@ def parse_arguments():
     parser.add_argument(
         "--rehearse",
         action="store_true",
-        help=f"train on the CPU, by default the small Gemma 3 in ./{download_model.SMALL_FOLDER}",
+        help=f"train on the CPU, by default the small Gemma 3 in ./{folders.SMALL_FOLDER}",
     )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
@@ -689,7 +689,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.rehearse and args.memory:
         parser.error("--memory is a GPU's, and --rehearse uses none")
-    args.model = args.model or (f"./{download_model.SMALL_FOLDER}" if args.rehearse else base)
+    args.model = args.model or (f"./{folders.SMALL_FOLDER}" if args.rehearse else base)
     args.learning_rate = args.learning_rate or (REHEARSAL_LEARNING_RATE if args.rehearse else LEARNING_RATE)
     return args
 
@@ -701,7 +701,7 @@ def load_tokenizer(model, **kwargs):
     tokenizer = AutoTokenizer.from_pretrained(model, **kwargs)
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{model} has no chat template; take an instruction-tuned model: {download_model.BASE_MODEL}"
+            f"{model} has no chat template; take an instruction-tuned model: {folders.BASE_MODEL}"
         )
     if chat_text.END_OF_TURN not in tokenizer.get_vocab():
         raise UserError(
@@ -780,10 +780,10 @@ def tune(args, rows):
         )
 
     with state.main_process_first():
-        folder, revision = download_model.find_model(args.model, args.rehearse)
+        folder, revision = locate.find_model(args.model, args.rehearse)
     tokenizer = load_tokenizer(folder)
     examples = tokenise_rows(args.data, rows, tokenizer)
-    facts["model_sha256"] = download_model.fingerprint(folder)
+    facts["model_sha256"] = folders.fingerprint(folder)
     facts["tokens_sha256"] = fingerprint_of_tokens(examples)
     if found:
         check_unchanged(args, found[0], facts)
@@ -803,7 +803,7 @@ def tune(args, rows):
     if console.is_main():
         model.print_trainable_parameters()
     if plan:
-        cuda_graphs.prepare(model)
+        fused.prepare(model)
     loaded = time.perf_counter()
     console.say(
         f"training   {len(training)} rows, {ROWS_PER_STEP} a step; {len(validation)} rows for validation"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import download_model
 from tuner.data import chat_text
+from tuner.model import small_model
 from tuner.system import devices, libraries
 
 # As train_qlora.py does before its first product; the first one of pytest's process is another test's.
@@ -48,7 +48,7 @@ def tiny_tokenizer():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
     )
-    tokenizer.chat_template = download_model.CHAT_TEMPLATE
+    tokenizer.chat_template = small_model.CHAT_TEMPLATE
     return tokenizer
 
 

@@ -17,11 +17,11 @@ from transformers import Gemma3ForCausalLM
 
 import check
 import compare
-import download_model
 import memory_estimate
 import train_qlora
 from benchmarks import random_gemma_4b
 from tuner.data import chat_rows, row_warnings
+from tuner.model import hub
 from tuner.system import devices
 from tuner.system.errors import UserError
 
@@ -191,7 +191,8 @@ def test_pieces_are_the_labels_of_training(tokenizer):
 
 def test_without_any_tokenizer_one_line_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code = "import download_model; download_model.SMALL_PACKAGE = 'none'; download_model.build_tokenizer('x')"
+    code = "from tuner.model import small_model; small_model.SMALL_PACKAGE = 'none'; "
+    code += "small_model.build_tokenizer('x')"
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda args, **k: run([*args[:2], code], **k))
     with pytest.raises(UserError) as caught:
@@ -342,7 +343,7 @@ def test_access_says_what_stands_in_the_way(monkeypatch, error, marks):
             raise UserError(*error)
         return "commit", []
 
-    monkeypatch.setattr(download_model, "ask_hub", ask)
+    monkeypatch.setattr(hub, "ask_hub", ask)
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     lines = check.access("google/gemma-3-4b-it", offline=False)
     assert [f"{mark} {text.split(':')[0]}" for mark, text in lines][: len(marks)] == marks
@@ -350,7 +351,7 @@ def test_access_says_what_stands_in_the_way(monkeypatch, error, marks):
 
 
 def test_offline_asks_no_hub(monkeypatch):
-    monkeypatch.setattr(download_model, "ask_hub", lambda repo: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub, "ask_hub", lambda repo: pytest.fail("the hub was asked"))
     assert check.access("google/gemma-3-4b-it", offline=True)[0][0] == "–"
 
 

@@ -12,6 +12,7 @@ import cuda_graphs
 import memory_estimate
 import train_qlora
 from tuner.data import batching
+from tuner.model import attention, fused
 
 
 def row(tokens, trained=1):
@@ -60,15 +61,15 @@ def examples(tokenizer):
 def test_the_gradient_of_packed_rows_is_that_of_padded_ones(
     tiny_model, examples, monkeypatch, bits, tokens, short
 ):
-    monkeypatch.setattr(cuda_graphs, "SHORT", short)
+    monkeypatch.setattr(attention, "SHORT", short)
     model = awake(loaded(tiny_model, bits)).eval()  # no dropout
     want_loss = train_qlora.add_gradients(model, examples, 0, CPU).item()
     want = gradient(model)
     total = batching.trained_tokens(examples)
-    cuda_graphs.prepare(model)
-    attend, attended = transformers.AttentionInterface()[cuda_graphs.ATTENTION], []
+    fused.prepare(model)
+    attend, attended = transformers.AttentionInterface()[attention.ATTENTION], []
     transformers.AttentionInterface.register(
-        cuda_graphs.ATTENTION, lambda *args, **settings: attended.append(1) or attend(*args, **settings)
+        attention.ATTENTION, lambda *args, **settings: attended.append(1) or attend(*args, **settings)
     )
     loss, entropy = 0.0, cuda_graphs.make_cross_entropy(100)
     for pack in cuda_graphs.cut(examples, tokens, CPU)[0]:
@@ -87,7 +88,7 @@ def test_the_gradient_of_packed_rows_is_that_of_padded_ones(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_gradient_with_dropout_is_how_the_loss_changes(tiny_text_model, examples, bits):
     model = awake(loaded(tiny_text_model, bits)).train()
-    cuda_graphs.prepare(model)
+    fused.prepare(model)
     weights = train_qlora.in_one([p for p in model.parameters() if p.requires_grad])
     batch = cuda_graphs.tensors(examples[:4], 8 * -(-batching.tokens_in(examples[:4]) // 8), 80, 0)
 
@@ -109,8 +110,8 @@ def test_the_gradient_with_dropout_is_how_the_loss_changes(tiny_text_model, exam
 
 
 def test_attention_and_its_gradients_are_torchs():
-    cuda_graphs.add_attention()
-    attend = transformers.AttentionInterface()[cuda_graphs.ATTENTION]
+    attention.add_attention()
+    attend = transformers.AttentionInterface()[attention.ATTENTION]
     torch.manual_seed(0)
     given = [torch.randn(1, n, 24, 16, requires_grad=True) for n in (6, 2, 2)]
     mask = torch.zeros(1, 1, 24, 24).masked_fill_(torch.ones(24, 24).triu(1).bool(), torch.finfo().min)

