@@ -19,16 +19,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import adapter_folder
-import compare
-import cuda_graphs
-import memory_estimate
 import train_qlora
 from tuner.data import chat_rows, chat_text, row_faults, row_warnings
-from tuner.model import folders, hub, locate
+from tuner.inference.probes import HELD_OUT, PROBES
+from tuner.model import folders, gemma_tokenizer, hub, locate
 from tuner.system import console, devices, hardware, libraries
 from tuner.system.console import printable
 from tuner.system.errors import UserError, rows_error
+from tuner.training import adapter_folder, loss_functions, memory_plan
 
 GPU_PRICE = 60  # an hour, in whatever currency: roubles for an RTX 4090 at the time of writing
 SHOWN_OF_A_KIND = 20  # warnings
@@ -75,10 +73,10 @@ def find_tokenizer(model, online):
 
         logging.set_verbosity_error()
         if is_tokenizer(model):
-            return train_qlora.load_tokenizer(model), model
+            return gemma_tokenizer.load_tokenizer(model), model
         if not locate.is_local(model):
             try:
-                return train_qlora.load_tokenizer(model, local_files_only=not online), model
+                return gemma_tokenizer.load_tokenizer(model, local_files_only=not online), model
             except (OSError, ValueError):
                 pass  # "access" says why
         small = next((f for f in (folders.SMALL_FOLDER, TOKENIZER_FOLDER) if is_tokenizer(f)), None)
@@ -93,7 +91,7 @@ def find_tokenizer(model, online):
                 reason = made.stderr.strip().split("\n")[-1].removeprefix("tuner.system.errors.UserError: ")
                 raise UserError(f"no tokenizer of {model} is here, and {reason}")
             small = TOKENIZER_FOLDER
-        return train_qlora.load_tokenizer(small), f"./{small}, the same as Gemma-3-4b's"
+        return gemma_tokenizer.load_tokenizer(small), f"./{small}, the same as Gemma-3-4b's"
 
 
 def is_tokenizer(folder):
@@ -176,7 +174,7 @@ def plan(rows, counts):
         "warmup": train_qlora.warmup_steps(steps),
         "epoch": epoch,
         "longest": max(tokens for tokens, _ in counts),
-        "trained_at_once": min(train_qlora.LOGITS_AT_ONCE, sum(trained for _, trained in counts)),
+        "trained_at_once": min(loss_functions.LOGITS_AT_ONCE, sum(trained for _, trained in counts)),
     }
     off = []
     if not validation:
@@ -208,23 +206,21 @@ def show_plan(numbers, counts):
 def seconds(d, numbers, bits, card):
     """Returns how long a run takes on a card, from start to adapter: what was measured, scaled to it."""
     speed, size = PUBLISHED[card]
-    budget = memory_estimate.SHARE * memory_estimate.free(size)
+    budget = memory_plan.SHARE * memory_plan.free(size)
     sizes = numbers["trained_at_once"], numbers["longest"]
-    plans = memory_estimate.plans(d, bits, train_qlora.LORA_R, budget, *sizes)
+    plans = memory_plan.plans(d, bits, train_qlora.LORA_R, budget, *sizes)
     if card == WITHOUT_BF16:
-        plans = [memory_estimate.Plan(0, train_qlora.TOKENS_PER_MICRO_BATCH)]
-    kernels = min(cuda_graphs.seconds(plan, numbers["epoch"], bits, ALONE) for plan in plans)
-    operations = 4 * memory_estimate.text_weights(d) * sum(map(sum, numbers["epoch"]))
+        plans = [memory_plan.Plan(0, train_qlora.TOKENS_PER_MICRO_BATCH)]
+    kernels = min(memory_plan.seconds(plan, numbers["epoch"], bits, ALONE) for plan in plans)
+    operations = 4 * memory_plan.text_weights(d) * sum(map(sum, numbers["epoch"]))
     arithmetic = operations / (speed * 1e12 * BUSY[bits])
     return START[bits] + train_qlora.EPOCHS * (kernels + arithmetic + EPOCH)
 
 
 def show_cost(d, numbers, price):
     for bits in (4, 8):
-        size = memory_estimate.least(
-            d, bits, train_qlora.LORA_R, numbers["longest"], numbers["trained_at_once"]
-        )
-        cards = [str(card) for card in CARDS if size <= memory_estimate.SHARE * memory_estimate.free(card)]
+        size = memory_plan.least(d, bits, train_qlora.LORA_R, numbers["longest"], numbers["trained_at_once"])
+        cards = [str(card) for card in CARDS if size <= memory_plan.SHARE * memory_plan.free(card)]
         takes = f"fits cards of {', '.join(cards)} GB" if cards else "fits none of the usual cards"
         print(f"memory     {bits} bits: {size / 2**30:.1f} GiB at least, and faster with more; {takes}")
     print(f"time       from start to adapter, and its price at {price:g} an hour, without the download:")
@@ -264,7 +260,7 @@ def access(model, offline):
             lines.append(("✗", f"{error.about}: {error}"))
             lines += [("–", "licence: not known before that")] if error.about != "licence" else []
     free = shutil.disk_usage(".").free
-    weights = 2 * memory_estimate.GEMMA_3_4B_WEIGHTS  # bytes
+    weights = 2 * memory_plan.GEMMA_3_4B_WEIGHTS  # bytes
     needed = 2 * weights + adapter_folder.DISK_NEEDED + hub.RESERVE
     takes = f"model ({weights / 1e9:.1f}, a download), adapter and merged model take {needed / 1e9:.0f}"
     enough = f"disk: {free / 1e9:.0f} GB free; {takes}"
@@ -333,9 +329,9 @@ def run(args):
         f"rows       {len(rows)} of {args.data}: {calls} with a call, {len(rows) - calls} without", flush=True
     )
     held_out = []
-    if Path(compare.HELD_OUT).exists() and Path(compare.HELD_OUT).resolve() != Path(args.data).resolve():
-        held_out = chat_rows.read(compare.HELD_OUT)
-    found = row_warnings.warnings(rows, [prompt for prompt, _ in compare.PROBES], held_out)
+    if Path(HELD_OUT).exists() and Path(HELD_OUT).resolve() != Path(args.data).resolve():
+        held_out = chat_rows.read(HELD_OUT)
+    found = row_warnings.warnings(rows, [prompt for prompt, _ in PROBES], held_out)
     show_warnings(args.data, rows, found)
 
     asking.join()
@@ -371,9 +367,9 @@ def run(args):
 def dimensions_of(model):
     """Returns the Dimensions of a model that is here, otherwise those of Gemma-3-4b."""
     try:
-        return memory_estimate.dimensions(json.loads(Path(model, "config.json").read_text(encoding="utf-8")))
+        return memory_plan.dimensions(json.loads(Path(model, "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
-        return memory_estimate.GEMMA_3_4B
+        return memory_plan.GEMMA_3_4B
 
 
 def write_page(path, data, rows, found, tokenizer):

@@ -7,16 +7,16 @@ import argparse
 import shutil
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import adapter_folder
-import compare
 import train_qlora
-from tuner.model import folders, locate
+from tuner.inference import generation
+from tuner.inference.probes import PROBES
+from tuner.model import folders, loading, locate
 from tuner.system import atomic, devices, libraries, signals
 from tuner.system.console import printable
 from tuner.system.errors import UserError
+from tuner.training import adapter_folder, adapter_weights, merge_proof, model_card
 
 SHARD_SIZE = "5GB"
 # The base's files that go along as they are; the weights are written anew.
@@ -28,7 +28,6 @@ COPIED = (
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 GPU_ROOM = 1.2  # of the weights' size: what merging and answering six probes takes beside them
 CPU_ROOM = 2.4  # the CPU computes in fp32: twice the bf16 weights, and the same room
-ROUNDING = 2.0**-8  # of a value rounded to bf16 (8 bits of significand), relative
 NEAR_TIE = 0.5  # between two logits: what rounding the merged weights to bf16 may turn around
 
 
@@ -85,7 +84,7 @@ def top_two(model, tokenizer, conversation, answer):
     """Returns the two likeliest tokens at each place of an answer, its end too: [[(id, logit), (…)], …]."""
     import torch
 
-    ids = compare.prompt_ids(tokenizer, conversation) + answer.ids
+    ids = generation.prompt_ids(tokenizer, conversation) + answer.ids
     with torch.inference_mode(), devices.uncompiled_attention():
         inputs = torch.tensor([ids], device=model.device)
         logits = model(input_ids=inputs, logits_to_keep=len(answer.ids) + 1).logits[0].float()
@@ -119,116 +118,6 @@ def compare_answers(tokenizer, before, after, before_top, after_top):
         if any(top[0][1] - top[1][1] > NEAR_TIE for top in tops.values()):
             raise UserError("the merged model answers otherwise, and by no near tie; nothing was kept")
     return same
-
-
-def tensors(folder):
-    """Returns {name: file} of a model folder's tensors."""
-    from safetensors import safe_open
-
-    names = {}
-    for path in folders.weight_files(folder):
-        with safe_open(path, "pt") as file:
-            names.update(dict.fromkeys(file.keys(), path))
-    return names
-
-
-def hub_name(module, names):
-    """Returns the one of a checkpoint's tensor names that is a LoRA module's weight.
-
-    The class in memory and the files on the hub name the text model differently; from `layers.` on they
-    agree, and the vision tower, which has layers too, has no adapter.
-    """
-    tail = "." + module[module.index("layers.") :] + ".weight"
-    found = [name for name in names if name.endswith(tail) and "vision" not in name]
-    if len(found) != 1:
-        raise UserError(f"{module} of the adapter is {len(found)} tensors of the base; nothing was kept")
-    return found[0]
-
-
-def prove_weights(base, adapter, merged):
-    """Compares all tensors of the folder `merged` with base and adapter; returns (changed, untouched) counts.
-
-    A module's merged weight W' must be W + B·A·alpha/r, rounded to bf16 once or, as PEFT does in bf16, twice
-    (B·A first). Raises UserError for a tensor that is anything else.
-    """
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    config, _ = adapter_folder.read_settings(adapter)
-    scale = config["lora_alpha"] / config["r"]
-    lora = load_file(Path(adapter, adapter_folder.WEIGHTS))
-    before, after = tensors(base), tensors(merged)
-    if set(before) != set(after):
-        name = sorted(set(before) ^ set(after))[0]
-        raise UserError(f"base and merged have not the same tensors ({name}); nothing was kept")
-    targets = {}
-    for name in lora:
-        if ".lora_A." in name:
-            module = name[: name.index(".lora_A.")]
-            targets[hub_name(module, before)] = lora[name], lora[name.replace(".lora_A.", ".lora_B.")]
-    for name in before:
-        with safe_open(before[name], "pt") as one, safe_open(after[name], "pt") as other:
-            old, new = one.get_tensor(name), other.get_tensor(name)
-        if new.dtype != torch.bfloat16 or old.shape != new.shape:
-            raise UserError(f"{name} is {new.dtype} {tuple(new.shape)} after merging; nothing was kept")
-        if name not in targets:
-            if not torch.equal(old.view(torch.int16), new.view(torch.int16)):
-                raise UserError(f"{name} has no adapter and changed; nothing was kept")
-            continue
-        a, b = targets[name]
-        delta = (b.float() @ a.float()) * scale
-        wanted = old.float() + delta
-        error = (new.float() - wanted).abs()
-        if not (error <= ROUNDING * (wanted.abs() + delta.abs()) + 1e-30).all():
-            raise UserError(f"{name} did not change by B·A·alpha/r ({error.max():.3g} off); nothing was kept")
-        if torch.equal(old, new):
-            raise UserError(f"{name} did not change; nothing was kept")
-    return len(targets), len(before) - len(targets)
-
-
-# --------------------------------------------------------------------------------------------- result
-
-
-def model_card(base, revision, run, comparison):
-    """Returns the README.md of the merged model; run and comparison are {} where nothing is known."""
-    lines = [
-        "---",
-        f"base_model: {base}",
-        "license: gemma",
-        "library_name: transformers",
-        "---",
-        "",
-        f"# {base}, tuned with QLoRA to answer a request for personal data with a tool call",
-        "",
-        f"Modified from {base} (revision {revision or 'unknown'}): a LoRA adapter was merged into its text "
-        "model. Gemma's terms of use apply: https://ai.google.dev/gemma/terms",
-        "",
-    ]
-    for facts, found in ((run_facts, run), (comparison_facts, comparison)):
-        with suppress(LookupError, TypeError, AttributeError):  # {}, or not written by these scripts
-            lines += facts(found)
-    return "\n".join(lines) + "\n"
-
-
-def run_facts(run):
-    settings = {k: v for k, v in run["settings"].items() if k not in ("model", "data", "output")}
-    return [
-        f"- settings: {', '.join(f'{k} {v}' for k, v in settings.items())}",
-        f"- versions: {', '.join(f'{k} {v}' for k, v in run['versions'].items())}",
-        f"- rows: {run['rows']['all']}, sha256 of the file {run['data_sha256']}",
-        f"- trained: in {run['bits']} bits, step {run['kept_step']} of {run['steps']} kept",
-    ]
-
-
-def comparison_facts(comparison):
-    tuned = comparison["rows"]["tuned"]
-    bits = f"in {comparison['bits']} bits" if comparison["bits"] else "unquantised"
-    return [
-        f"- probes passed, base {bits}: {comparison['passed']} of {len(comparison['probes'])}",
-        f"- held-out rows, base {bits}: {tuned['right']} of {tuned['needed']} calls right, "
-        f"{tuned['false']} of {tuned['general']} false calls, F1 {tuned['f1'] or 0:.2f}",
-    ]
 
 
 def copy_files(base, merged):
@@ -298,18 +187,18 @@ def merge(args, base, record, output):
     from transformers import AutoTokenizer
 
     folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available())
-    adapter_folder.check_weights(args.adapter, folder, revision)
+    adapter_weights.check_weights(args.adapter, folder, revision)
     print(f"merging    {args.adapter} into {printable(base)}")
     device = choose_device(folders.weight_bytes(folder), output.absolute().parent)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # the same bf16 values, exactly, in fp32
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    probes = [[{"role": "user", "content": prompt}] for prompt, _ in compare.PROBES]
+    probes = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
 
     def answers(model):
-        given = compare.answer(model, tokenizer, probes)
+        given = generation.answer(model, tokenizer, probes)
         return given, [top_two(model, tokenizer, *pair) for pair in zip(probes, given, strict=True)]
 
-    model = train_qlora.load_model(folder, None, device, dtype)
+    model = loading.load_model(folder, None, device, dtype)
     model = PeftModel.from_pretrained(model, args.adapter).eval()
     before = answers(model)
     aside = atomic.aside(output)
@@ -321,13 +210,13 @@ def merge(args, base, record, output):
         copy_files(folder, aside)
         path = Path(args.adapter, adapter_folder.COMPARISON)
         comparison = adapter_folder.read_json(path, "run compare.py again, or remove it")
-        card = model_card(base, revision, record, comparison)
+        card = model_card.model_card(base, revision, record, comparison)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
-        changed, untouched = prove_weights(folder, args.adapter, aside)
+        changed, untouched = merge_proof.prove_weights(folder, args.adapter, aside)
         print(f"proof      {changed} modules changed, each by B·A·alpha/r within bf16 rounding")
         print(f"           {untouched} other tensors are the base's, bit for bit")
-        merged = train_qlora.load_model(str(aside), None, device, dtype).eval()
+        merged = loading.load_model(str(aside), None, device, dtype).eval()
         print("           read back from disk: no key missing, unexpected or of another shape", flush=True)
         after = answers(merged)
         same = compare_answers(tokenizer, before[0], after[0], before[1], after[1])

@@ -24,15 +24,21 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import adapter_folder
-import checkpoints
-import cuda_graphs
-import memory_estimate
 from tuner.data import batching, chat_rows, chat_text
-from tuner.model import folders, fused, locate
+from tuner.model import folders, fused, gemma_tokenizer, loading, locate
 from tuner.system import atomic, console, devices, hardware, libraries, scripts, signals
 from tuner.system.console import printable
 from tuner.system.errors import UserError, rows_error
+from tuner.training import (
+    adapter_folder,
+    adapter_weights,
+    checkpoints,
+    collate,
+    cuda_graphs,
+    flat_weights,
+    loss_functions,
+    memory_plan,
+)
 
 # The recipe; the constants are the article's unless a comment says otherwise.
 DATA_PATH = "examples.json"
@@ -57,7 +63,6 @@ EXPLODED = 1.5  # ours: a loss so many times that of guessing evenly, or of the 
 TOKENS_PER_MICRO_BATCH = 2048  # rows × longest row; halved where the GPU's memory is full
 CACHED_ROWS = 10_000  # so many take some seconds to tokenise; fewer are not worth a file
 TOKENS_EVALUATED = 256  # at least, at a time in an evaluation: without a gradient they take little memory
-LOGITS_AT_ONCE = 128  # trained tokens, with checkpointing; 262,208 logits each, the largest tensor of all
 
 # What differs in the rehearsal, and why.
 REHEARSAL_LEARNING_RATE = 1e-3  # 270M parameters want larger steps; measured, F1 1.00 on 40 unseen rows
@@ -209,79 +214,6 @@ def padded_sizes(examples, state, tokens=None):
     return [(len(b) > 1, len(b) * batching.size(b[0])) for b in micro_batches(examples, state, tokens)]
 
 
-def pad(examples, pad_id, device):
-    """Returns input_ids, attention_mask, labels as tensors (rows, longest row); pads are masked in both."""
-    import torch
-
-    longest = max(len(e["input_ids"]) for e in examples)
-
-    def tensor(key, filler):
-        rows = [list(e[key]) + [filler] * (longest - len(e[key])) for e in examples]
-        return torch.tensor(rows, device=device)
-
-    return tensor("input_ids", pad_id), tensor("attention_mask", 0), tensor("labels", -100)
-
-
-# --------------------------------------------------------------------------------------------- model
-
-
-def load_model(folder, bits, device, dtype, vision=True):
-    """Returns the base model on one device, its linear layers quantised to 4 or 8 bits, or to none (None).
-
-    Without vision the tower has no layers: no row has a picture, and they take a tenth of the memory.
-    Raises UserError for a folder that is damaged or lacks weights.
-    """
-    import bitsandbytes
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-
-    if bits == 4:
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    elif bits == 8:
-        quantisation = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
-    else:
-        quantisation = None
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if without := not vision and hasattr(config, "vision_config"):
-            config.vision_config.num_hidden_layers = 0
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            quantization_config=quantisation,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = printable(str(error), 100)
-        raise UserError(f"{folder} is damaged ({reason}); remove it and fetch it anew") from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise UserError(
-            f"{folder} lacks weights ({names[0]} and {len(names) - 1} more); "
-            "fetch it anew: python download_model.py"
-        )
-    unexpected = [key for key in map(str, report["unexpected_keys"]) if not (without and "vision" in key)]
-    if unexpected:
-        name = min(unexpected)
-        raise UserError(f"{folder} holds weights that its model has no place for ({name}); fetch it anew")
-    model.config.get_text_config().use_cache = False
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit) and torch.device(device).type == "cpu":
-            # On CPUs with AVX512-BF16 bitsandbytes 0.50.2 repacks the weights at the first evaluation, and
-            # the packed kernel has no autograd: later gradients lose two thirds of their norm in silence.
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
 def add_lora(model):
     """Wraps the model with LoRA on the text model's seven projections; nothing else is trained.
 
@@ -306,52 +238,6 @@ def add_lora(model):
     return model
 
 
-def losses_and_guesses(model, batch, at_once=None):
-    """Returns the summed cross entropy of a batch's trained tokens, and the most likely token for each.
-
-    Logits are computed for trained positions only; with gradient checkpointing LOGITS_AT_ONCE at a time, or
-    `at_once`, and again in the backward pass instead of being kept. The guesses are in the order in which
-    labels[:, 1:] has the trained tokens.
-    """
-    import torch
-    from torch.nn.functional import cross_entropy
-    from torch.utils.checkpoint import checkpoint
-
-    input_ids, attention_mask, labels = batch
-    base = model.get_base_model()
-    head = base.get_output_embeddings()
-    trained = labels[:, 1:] != -100
-    targets = labels[:, 1:][trained]
-
-    def chunk(hidden, targets):
-        logits = head(hidden).float()
-        return cross_entropy(logits, targets, reduction="sum"), logits.detach().argmax(-1)
-
-    # The LoRA weights are fp32; autocast makes their products in the type that the rest computes in. It keeps
-    # its copies of them until it is left: around more than one step, they would be those of the first.
-    compute_in = base.get_input_embeddings().weight.dtype
-    with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=compute_in == torch.bfloat16):
-        # The text model alone: the multimodal class around it would ask for the type of every token.
-        hidden = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        hidden = hidden[:, :-1][trained]
-        if torch.is_grad_enabled() and not base.is_gradient_checkpointing:
-            return chunk(hidden, targets)
-        at_once = at_once or LOGITS_AT_ONCE
-        chunks = zip(hidden.split(at_once), targets.split(at_once), strict=True)
-        results = [checkpoint(chunk, *pair, use_reentrant=False) for pair in chunks]
-    return sum(loss for loss, _ in results), torch.cat([guesses for _, guesses in results])
-
-
-def checkpoint_layers(model):
-    """Has the backward pass compute each layer's activations anew instead of keeping them.
-
-    Reentrant: bitsandbytes 0.50.2 puts the input of an 8-bit layer where the other kind of checkpointing does
-    not see it, so all of them were kept: 2.5 GiB more with 2048 tokens, 4B and 8 bits.
-    """
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()  # or nothing in a layer would have a gradient
-
-
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -367,32 +253,10 @@ def add_gradients(model, examples, pad_id, state, tokens=None, total=None):
     total = total or batching.trained_tokens(examples)
     loss = torch.zeros((), device=state.device)
     for batch in micro_batches(examples, state, tokens):
-        part = losses_and_guesses(model, pad(batch, pad_id, state.device))[0] / total
+        part = loss_functions.losses_and_guesses(model, collate.pad(batch, pad_id, state.device))[0] / total
         part.backward()
         loss += part.detach()
     return loss
-
-
-def in_one(weights):
-    """Moves weights into one tensor, and their gradients into its own; returns it.
-
-    Each of them stays, as a view. What is done to all of them is then one kernel, and not one for each.
-    """
-    import torch
-
-    whole = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
-    whole.grad = torch.zeros_like(whole)
-    sizes = [weight.numel() for weight in weights]
-    parts = zip(weights, whole.detach().split(sizes), whole.grad.split(sizes), strict=True)
-    for weight, values, gradient in parts:
-        weight.data, weight.grad = values.view_as(weight), gradient.view_as(weight)
-    return whole
-
-
-def on_the_cpu(weights, whole):
-    """Returns {name: weight} of views of `whole` as a copy of it on the CPU."""
-    copy = whole.detach().to("cpu", copy=True)
-    return {n: copy.as_strided(w.size(), w.stride(), w.storage_offset()) for n, w in weights.items()}
 
 
 def add_up(loss, weights, state):
@@ -450,28 +314,21 @@ def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, ask
             if asked and state.num_processes == 1:  # several would wait for one another
                 model.train(was_training)
                 return None
-            loss, guesses = losses_and_guesses(model, pad(batch, pad_id, state.device), at_once)
+            loss, guesses = loss_functions.losses_and_guesses(
+                model, collate.pad(batch, pad_id, state.device), at_once
+            )
             sums[0] += loss
             guesses = iter(guesses.tolist())
             for example in batch:
                 labels = example["labels"][1:]
                 guess = [next(guesses) if label != -100 else None for label in labels]
-                last = answer_span(labels)
+                last = loss_functions.answer_span(labels)
                 right = guess[last] == labels[last]
                 sums[1] += right if example["is_call"] else guess[last.start] != call_token
     if state.num_processes > 1:
         torch.distributed.all_reduce(sums)
     model.train(was_training)
     return sums[0].item() / batching.trained_tokens(examples), int(sums[1])
-
-
-def answer_span(labels):
-    """Returns the slice of the last assistant turn: the last run of labels that are not −100."""
-    end = max(i for i, label in enumerate(labels) if label != -100) + 1
-    start = end - 1
-    while start and labels[start - 1] != -100:
-        start -= 1
-    return slice(start, end)
 
 
 def make_optimizer(weights, learning_rate, steps, device):
@@ -534,7 +391,7 @@ def train(
     guessing = math.log(model.config.get_text_config().vocab_size)  # the loss of one that knows nothing
     held_out, held_out_calls = [examples[i] for i in validation], [calls[i] for i in validation]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    weights = in_one(parameters)
+    weights = flat_weights.in_one(parameters)
     adapter = get_peft_model_state_dict(model)  # the weights themselves, by name
     per_epoch = len(steps_of(1, training))
     steps = per_epoch * args.epochs
@@ -555,10 +412,12 @@ def train(
         tokens = plan.tokens or plan.checkpointed
         tokens_evaluated = max(tokens, TOKENS_EVALUATED)
     if plan and plan.tokens:
-        evaluated_at_once = memory_estimate.evaluated_at_once(plan.tokens, LOGITS_AT_ONCE)
+        evaluated_at_once = memory_plan.evaluated_at_once(plan.tokens, loss_functions.LOGITS_AT_ONCE)
         less = 7 / 8  # the plan may be wrong by so much
         ahead = [numbers for epoch in range(args.epochs) for numbers in steps_of(epoch + 1, training)]
-        add, sizes = cuda_graphs.make(model, examples, ahead, plan, plain, pad_id, state, LOGITS_AT_ONCE)
+        add, sizes = cuda_graphs.make(
+            model, examples, ahead, plan, plain, pad_id, state, loss_functions.LOGITS_AT_ONCE
+        )
     bar = tqdm(
         total=steps, initial=done, desc="training", unit="step", disable=not state.is_main_process,
         dynamic_ncols=True,
@@ -569,7 +428,7 @@ def train(
             return
         history["seconds"] = round(seconds + time.perf_counter() - started, 1)
         states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        now = on_the_cpu(adapter, weights)
+        now = flat_weights.on_the_cpu(adapter, weights)
         save(history, now, best if history["kept_step"] != step else None, states)
 
     def check(what, value, limit):
@@ -625,7 +484,7 @@ def train(
                 check("validation loss", loss, EXPLODED * max(guessing, losses[0]))
                 line += f"  validation loss {loss:.3f}  decided right {right}/{len(validation)}"
                 if all((-right, loss) < (-e["right"], e["loss"]) for e in evaluations):
-                    best = on_the_cpu(adapter, weights)
+                    best = flat_weights.on_the_cpu(adapter, weights)
                     history["kept_step"] = step
                 evaluations.append({"epoch": epoch, "step": step, "loss": loss, "right": right})
             console.say(line)
@@ -672,7 +531,7 @@ def parse_arguments():
         "--memory",
         type=positive(float),
         metavar="GIB",
-        help=f"GPU memory that may be reserved (default: {memory_estimate.SHARE:.0%}% of what is free)",
+        help=f"GPU memory that may be reserved (default: {memory_plan.SHARE:.0%}% of what is free)",
     )
     parser.add_argument(
         "--rehearse",
@@ -692,22 +551,6 @@ def parse_arguments():
     args.model = args.model or (f"./{folders.SMALL_FOLDER}" if args.rehearse else base)
     args.learning_rate = args.learning_rate or (REHEARSAL_LEARNING_RATE if args.rehearse else LEARNING_RATE)
     return args
-
-
-def load_tokenizer(model, **kwargs):
-    """The tokenizer of a folder or hub name; raises UserError unless it is Gemma 3's, with a template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, **kwargs)
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{model} has no chat template; take an instruction-tuned model: {folders.BASE_MODEL}"
-        )
-    if chat_text.END_OF_TURN not in tokenizer.get_vocab():
-        raise UserError(
-            f"{model} is no Gemma 3: its tokenizer has no {chat_text.END_OF_TURN}; name one with --model"
-        )
-    return tokenizer
 
 
 def main():
@@ -781,7 +624,7 @@ def tune(args, rows):
 
     with state.main_process_first():
         folder, revision = locate.find_model(args.model, args.rehearse)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = gemma_tokenizer.load_tokenizer(folder)
     examples = tokenise_rows(args.data, rows, tokenizer)
     facts["model_sha256"] = folders.fingerprint(folder)
     facts["tokens_sha256"] = fingerprint_of_tokens(examples)
@@ -796,10 +639,10 @@ def tune(args, rows):
     console.say(f"model      {args.model} in {args.bits} bits on {devices.device_name(state.device)}")
     started = time.perf_counter()
     torch.manual_seed(SEED)  # LoRA's first weights
-    model = add_lora(load_model(folder, args.bits, state.device, dtype, vision=False))
+    model = add_lora(loading.load_model(folder, args.bits, state.device, dtype, vision=False))
     model.peft_config["default"].base_model_name_or_path = args.model
     if not args.rehearse or REHEARSAL_CHECKPOINTING:
-        checkpoint_layers(model)
+        loss_functions.checkpoint_layers(model)
     if console.is_main():
         model.print_trainable_parameters()
     if plan:
@@ -861,11 +704,11 @@ def tune(args, rows):
             "peak_memory_gib": memory,
         }
         try:
-            adapter_folder.write(args.output, model, folder, record)
+            adapter_weights.write(args.output, model, folder, record)
         except OSError as error:
             raise UserError(
                 f"{args.output}: the adapter could not be written ({error.strerror}); it takes "
-                f"{adapter_folder.size(model, folder) / 1e6:.0f} MB, and "
+                f"{adapter_weights.size(model, folder) / 1e6:.0f} MB, and "
                 f"{shutil.disk_usage(args.output).free / 1e6:.0f} MB are free; free some, then go on with: "
                 + command(args)
             ) from error
@@ -892,21 +735,21 @@ def plan_memory(args, folder, epoch, longest, trained, state):
             "--memory needs a GPU with bf16: an L4, an A10, an RTX 30xx or newer; leave it out here"
         )
     free, total = torch.cuda.mem_get_info()
-    budget = args.memory * 2**30 if args.memory else memory_estimate.SHARE * free
+    budget = args.memory * 2**30 if args.memory else memory_plan.SHARE * free
     if budget > free:
         there = f"{free / 2**30:.1f} GiB are free on this GPU"
         raise UserError(f"--memory {args.memory:g}: {there}; name less, or close what else runs (nvidia-smi)")
-    d = memory_estimate.dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
-    at_once = min(LOGITS_AT_ONCE, trained)
-    plans = memory_estimate.plans(d, args.bits, LORA_R, budget, at_once, longest)
+    d = memory_plan.dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
+    at_once = min(loss_functions.LOGITS_AT_ONCE, trained)
+    plans = memory_plan.plans(d, args.bits, LORA_R, budget, at_once, longest)
     if max(plans[0].tokens, plans[0].checkpointed) < longest:
-        least = memory_estimate.least(d, args.bits, LORA_R, longest, at_once)
+        least = memory_plan.least(d, args.bits, LORA_R, longest, at_once)
         needed = f"{args.bits} bits and a row of {longest} tokens take {least / 2**30:.1f}"
         cure = "name more with --memory" if args.memory else "close what else runs on it (nvidia-smi)"
         cure += f", take {'--bits 4, ' * (args.bits == 8)}shorter rows or a larger GPU"
         raise UserError(f"{budget / 2**30:.1f} GiB of GPU memory are too little: {needed}; {cure}")
     torch.cuda.set_per_process_memory_fraction(budget / total)
-    plan = cuda_graphs.quickest(plans, epoch, args.bits, state)
+    plan = memory_plan.quickest(plans, epoch, args.bits, state)
     how = f"{plan.tokens} tokens at once, as CUDA graphs" if plan.tokens else ""
     if plan.tokens < longest:
         how += "; longer rows " * bool(plan.tokens) + f"{plan.checkpointed} tokens at once, "

@@ -24,13 +24,13 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from tuner.data import batching
-from tuner.system import devices, libraries
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_qlora  # noqa: E402
+from tuner.data import batching  # noqa: E402
+from tuner.model import gemma_tokenizer, loading  # noqa: E402
+from tuner.system import devices, libraries  # noqa: E402
 
 # Bits, and what of the GPU's memory may be reserved (GiB), of the shipped rows and of long ones.
 OURS = {"short": [(4, 20), (4, 8), (4, 5), (4, 3.8), (8, 20)], "long": [(4, 20)]}
@@ -155,8 +155,8 @@ def trl(args, settings):
     """Returns (model, tokenizer) as TRL's own QLoRA example has them, with our recipe's numbers."""
     import torch
 
-    model = train_qlora.load_model(args.model, args.bits, "cuda:0", torch.bfloat16)
-    return train_qlora.add_lora(model), train_qlora.load_tokenizer(args.model)
+    model = loading.load_model(args.model, args.bits, "cuda:0", torch.bfloat16)
+    return train_qlora.add_lora(model), gemma_tokenizer.load_tokenizer(args.model)
 
 
 def unsloth(args, settings):
@@ -183,7 +183,7 @@ def unsloth(args, settings):
         finetune_vision_layers=False,
         use_gradient_checkpointing=checkpointing,
     )
-    return model, train_qlora.load_tokenizer(args.model)
+    return model, gemma_tokenizer.load_tokenizer(args.model)
 
 
 # --------------------------------------------------------------------------------------------- running
@@ -297,7 +297,7 @@ def main():
                 sys.exit(1)
         if args.long:
             args.data = Path(folder, "rows.json")
-            rows = long_rows(args.long, train_qlora.load_tokenizer(model))
+            rows = long_rows(args.long, gemma_tokenizer.load_tokenizer(model))
             args.data.write_text(
                 "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
             )

@@ -173,7 +173,7 @@ def other_writer(output):
 
 @pytest.fixture(scope="module")
 def echo(tiny_text_model):
-    import echo_server
+    from tests.support import echo_server
 
     return echo_server.echo(tiny_text_model)
 

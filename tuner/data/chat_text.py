@@ -7,8 +7,6 @@ import unicodedata
 from tuner.data import tool_call
 
 CALL_START = "<tool_call"  # a row whose last answer holds it is a call row
-
-
 END_OF_TURN = "<end_of_turn>"
 
 

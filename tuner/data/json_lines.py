@@ -86,8 +86,6 @@ def _no_constant(name):
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
 _parse = _DECODER.decode
 
 

@@ -12,8 +12,6 @@ KEYS = {  # of a message, by its role
     "assistant": ("role", "content", "tool_calls"),
     "tool": ("role", "content", "tool_call_id"),
 }
-
-
 # Read as the structure of a conversation wherever they stand, so no text may hold one.
 CONTROL_TOKENS = (
     "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>",

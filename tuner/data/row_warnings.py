@@ -15,29 +15,15 @@ ROWS_AT_ONCE = 1000  # tokenised together, and only counted after that
 # Near-duplicates: the likeness of two prompts is that of their sets of CHUNK letters (Jaccard), guessed from
 # BANDS × HASHES minima of random hashes (MinHash, Broder 1997) and then worked out.
 ALIKE = 0.8
-
-
 CHUNK = 4
-
-
 BANDS, HASHES = 12, 4
 SEED = 42  # of the hashes
-
-
 MINORITY = 1 / 3  # a smaller share of rows with, or without, a call teaches "always", or "never"
-
-
 SPELT_ALIKE = 0.75  # difflib's ratio of two names: one letter in four may differ
-
-
 RARE = 10  # a spelling that another one, nearly the same, outnumbers so many times is a slip
-
-
 LATIN, CYRILLIC = "aceopxykABCEHKMOPTXY", "асеорхукАВСЕНКМОРТХУ"  # which look alike
 
 ODD = re.compile(r"[^\w !-~«»—–…]")  # what may be invisible
-
-
 TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa-z]*", re.IGNORECASE)  # in a word
 
 

@@ -3,8 +3,6 @@
 from contextlib import contextmanager
 
 ATTENTION = "packed"  # our own kind, by transformers' name for it
-
-
 SHORT = 1024  # tokens; a longer sequence's attention weights are better never written down
 
 

@@ -8,11 +8,7 @@ from pathlib import Path
 from tuner.system.errors import UserError
 
 BASE_MODEL = "google/gemma-3-4b-it"
-
-
 BASE_FOLDER = "gemma-3-4b-it"
-
-
 REVISION_FILE = "REVISION"  # in the folder: which version of the model it holds
 
 SAMPLES, SAMPLE = 256, 4096  # of each weight file, evenly spread; bytes of one

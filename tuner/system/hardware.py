@@ -4,8 +4,6 @@ import os
 import shutil
 
 HOST_MEMORY = 10e9  # bytes, measured with Gemma-3-4b: 8.6 of them are its file, mapped and soon let go
-
-
 REHEARSAL_MEMORY = 5e9  # bytes, measured
 
 

@@ -1,0 +1,433 @@
+"""compare.py --endpoint: a served model is asked, judged as any other, and every failure is one line."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import compare
+from tests.support.chat_server import Endpoint, calling, completion
+from tuner.data import chat_rows, tool_call
+from tuner.inference import endpoint, generation
+from tuner.inference.probes import PROBES
+from tuner.system.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "get_sensitive_data"
+TAG = tool_call.write(NAME, {})
+ROWS = [
+    (row["messages"][:-1], row["messages"][-1]["content"]) for _, row in chat_rows.read(ROOT / "heldout.json")
+]
+NEEDED = [need for _, need in PROBES] + [answer == TAG for _, answer in ROWS]
+
+
+def needs(body):
+    """Whether a question needs the call; which one it is, is known by its text."""
+    asked = body["messages"][-1]["content"]
+    return dict(PROBES).get(asked) or ([{"role": "user", "content": asked}], TAG) in ROWS
+
+
+def like_vllm(body):
+    return calling((NAME, "{}")) if needs(body) else completion("Здравствуйте!")
+
+
+def like_llama_cpp(body):
+    return completion(TAG if needs(body) else "Здравствуйте!")
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(say=like_vllm, **more):
+        servers.append(Endpoint(say, **more))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv(endpoint.KEY, raising=False)
+
+
+def run(url, *arguments):
+    return compare.run_endpoint(
+        compare.parse_arguments(["--endpoint", url, "--data", f"{ROOT}/heldout.json", *arguments])
+    )
+
+
+def command(*arguments, folder, **environment):
+    shutil.copy(ROOT / "heldout.json", folder)
+    return subprocess.run(
+        [sys.executable, ROOT / "compare.py", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+# ------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(("say", "parsed", "tagged"), [(like_vllm, 24, 0), (like_llama_cpp, 0, 24)])
+def test_calls_count_parsed_or_as_text(serve, tmp_path, monkeypatch, capsys, say, parsed, tagged):
+    assert (len(NEEDED), sum(NEEDED)) == (46, 24)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "heldout.json", tmp_path)
+    server = serve(say)
+    assert run(server.url + "/", "--data", "heldout.json", "--json", "report.json") == 0
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80
+    assert f"endpoint {server.url}: 6 probes, 40 rows\nmodel tuned, the first of 2 listed; " in output
+    assert f"\ncalls      {parsed} came as tool_calls, {tagged} as tags in the text\n" in output
+    assert output.endswith("verdict    the endpoint passes 6 of 6 probes\n")
+    assert f"probe 1    pass\n  prompt    {PROBES[0][0]}\n  expected  a call\n  endpoint  {TAG}\n" in output
+    assert re.search(r"\nheldout\.json +endpoint\ncalls needed +20\n  made right +20\n", output)
+    assert not re.search("base|tools  |seen in training", output)
+    report = json.loads(Path("report.json").read_text(encoding="utf-8"))
+    assert report["calls"] == {"parsed": parsed, "text": tagged}
+    assert (report["passed"], report["model"], report["tools_refused"]) == (6, "tuned", None)
+    assert report["rows"]["endpoint"]["f1"] == 1
+    assert report["rows"]["failing"] == []
+    assert report["probes"][0]["endpoint"] == TAG
+
+
+def test_every_question_is_asked_as_it_is_judged_locally(serve):
+    server = serve()
+    run(server.url)
+    assert server.requests[0][:2] == ("GET", "/v1/models")
+    bodies = [body for _, path, _, body in server.requests if path == "/v1/chat/completions"]
+    function = {"name": NAME, "parameters": {"type": "object", "properties": {}}}
+    settings = {"model": "tuned", "temperature": 0, "max_tokens": generation.MAX_NEW_TOKENS}
+    settings["tools"] = [{"type": "function", "function": function}]
+    assert all({**settings, "messages": body["messages"]} == body for body in bodies)
+    asked = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES] + [m for m, _ in ROWS]
+    assert sorted(str(body["messages"]) for body in bodies) == sorted(map(str, asked))
+    assert not any("authorization" in headers for _, _, headers, _ in server.requests)
+
+
+def test_a_model_can_be_named_and_then_none_is_listed(serve, capsys):
+    server = serve()
+    assert run(server.url, "--model", "base") == 0
+    assert "\nmodel base; " in capsys.readouterr().out
+    assert {path for _, path, _, _ in server.requests} == {"/v1/chat/completions"}
+    assert {body["model"] for _, _, _, body in server.requests} == {"base"}
+    assert run(server.url, "--model", os.fsdecode(b"\x1b\xff")) == 0  # what a shell may hand over
+    assert "\nmodel \ufffd?; " in capsys.readouterr().out
+
+
+def test_four_are_asked_at_once_and_late_answers_change_nothing(serve, capsys):
+    def slow(body):
+        time.sleep(0.05 * (len(body["messages"][-1]["content"]) % 3))
+        return like_vllm(body)
+
+    quick, late = serve(), serve(slow)
+    assert (run(quick.url), run(late.url)) == (0, 0)
+    assert late.most == endpoint.AT_ONCE == 4
+    first, second = (
+        re.sub(r"time .*|endpoint http.*", "", output)
+        for output in re.split("(?=endpoint http)", capsys.readouterr().out)[1:]
+    )
+    assert first == second
+
+
+def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
+    odd = "Ваш \x1b[31mбаланс \ud83d"
+    wrong = [  # an answer, its text, and why it is wrong where a call is needed
+        (calling((NAME, "{}"), (NAME, "{}")), f"{TAG}\n{TAG}", "several calls"),
+        (calling((NAME, "{}"), content="Секунду."), f"Секунду.\n{TAG}", "text around the call"),
+        (calling(("get_data", "{}")), tool_call.write("get_data", {}), f"calls get_data, not {NAME}"),
+        (calling((NAME, "{id: 1}")), TAG.replace("{}", "{id: 1}"), tool_call.NO_OBJECT),
+        (calling((NAME, '{"id":1}')), TAG.replace("}", "&quot;id&quot;:1}"), "other arguments than expected"),
+        (calling((NAME, None)), TAG.replace("{}", "null"), tool_call.NO_OBJECT),
+        (completion(TAG, "length"), TAG, "does not end within 80 tokens"),
+        (completion(None), "", "no call"),
+        (completion(odd), odd.replace("\ud83d", "?"), "no call"),
+    ]
+    asked = [prompt for prompt, _ in PROBES] + [messages[-1]["content"] for messages, _ in ROWS]
+    server = serve(lambda body: wrong[asked.index(body["messages"][-1]["content"]) % len(wrong)][0])
+    assert run(server.url, "--json", str(tmp_path / "report.json")) == 1
+    assert "\x1b" not in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    failing = {row["line"]: (row["reason"], row["endpoint"]) for row in report["rows"]["failing"]}
+    found = [(probe["reason"], probe["endpoint"]) for probe in report["probes"]]
+    found += [failing.get(line) for line in range(1, len(ROWS) + 1)]
+    for i, (need, told) in enumerate(zip(NEEDED, found, strict=True)):
+        _, text, reason = wrong[i % len(wrong)]
+        if not need:
+            reason = "a call where text is expected" if "<tool_call" in text else "an empty answer"
+        if need or text != wrong[-1][1]:
+            assert told == (reason, text)
+        else:
+            assert told is None
+
+
+def test_parsed_arguments_may_be_an_object(serve):
+    server = serve(lambda body: calling((NAME, {})) if needs(body) else completion("Да."))
+    assert run(server.url) == 0
+
+
+def test_every_function_that_the_rows_call_is_declared(serve, tmp_path):
+    call = {"type": "function", "function": {"name": "get_rate", "arguments": '{"of": "USD"}'}}
+    messages = [{"role": "user", "content": "Почём доллар?"}, {"role": "assistant", "tool_calls": [call]}]
+    (tmp_path / "rows.json").write_text(json.dumps({"messages": messages}))
+
+    def say(body):
+        rate = body["messages"] == messages[:1]
+        return calling(("get_rate", '{"of":"USD"}')) if rate else like_vllm(body)
+
+    server = serve(say)
+    assert run(server.url, "--data", f"{tmp_path}/rows.json", "--json", f"{tmp_path}/report.json") == 0
+    declared = [[t["function"]["name"] for t in body["tools"]] for _, _, _, body in server.requests if body]
+    assert declared == [[NAME, "get_rate"]] * 7
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["rows"]["endpoint"]["right"] == 1
+
+
+def test_tools_that_are_not_taken_are_left_out_and_that_is_told(serve, capsys):
+    """What vLLM says without --enable-auto-tool-choice, in its words."""
+    says = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+
+    def without_parser(body):
+        if "tools" in body:
+            return (
+                400,
+                {"Content-Type": "application/json"},
+                json.dumps({"error": {"message": says}}).encode(),
+            )
+        return like_llama_cpp(body)
+
+    server = serve(without_parser)
+    assert run(server.url) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"0 came as tool_calls, 24 as tags in the text tools asked without: it takes none (400: {says})"
+        in output
+    )
+    assert sum("tools" in (body or {}) for _, _, _, body in server.requests) == 1
+
+
+def test_the_key_is_sent_and_never_shown(serve, monkeypatch, capsys):
+    monkeypatch.setenv(endpoint.KEY, "sk-secret\n")
+    server = serve()
+    assert run(server.url) == 0
+    assert {headers["authorization"] for _, _, headers, _ in server.requests} == {"Bearer sk-secret"}
+    server.failures = [(400, {"Content-Type": "text/plain"}, b"bad key sk-secret, sk-secret")] * 3
+    with pytest.raises(UserError, match=r"refuses \(400: bad key …, …\); ") as error:
+        run(server.url)
+    assert "secret" not in str(error.value) + capsys.readouterr().out
+    for wrong in ("sk-\x1bsecret", "sk secret ключ", "a\nsk-secret"):
+        monkeypatch.setenv(endpoint.KEY, wrong)
+        with pytest.raises(
+            UserError, match=r"^the key in OPENAI_API_KEY holds characters that no key has; set it anew$"
+        ):
+            run(server.url)
+
+
+def test_a_proxy_is_not_asked_for_this_machine(serve, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    server = serve()
+    assert run(server.url) == 0
+    assert run(server.url.replace("127.0.0.1", "localhost")) == 0
+
+
+# ------------------------------------------------------------------------------------------ failures
+
+LISTED = {"data": [{"id": "tuned"}]}
+HTML = (200, {"Content-Type": "text/html"}, b"<html>Welcome</html>")
+SHORT = (400, {}, b'{"error": {"message": "maximum context length is 64"}}')
+NAME_ONE = "name an OpenAI-style server, with its path: …/v1"
+FAILURES = {
+    "no key": ([401], "{url} wants a key (401); set OPENAI_API_KEY"),
+    "forbidden": ([403], "{url} wants a key (403); set OPENAI_API_KEY"),
+    "no models": (
+        [404],
+        "{url} has no /models (404: no); end its address in /v1, or name its model with --model",
+    ),
+    "an empty list": ([{"data": []}], "{url} lists no models; name its model: --model …"),
+    "no list": ([{"data": [5]}], f"the endpoint's list of models is none; {NAME_ONE}"),
+    "a web page": ([HTML], f"{{url}} answers with no JSON (text/html); {NAME_ONE}"),
+    "deep": ([(200, {}, b"[" * 100_000)], f"{{url}} answers with no JSON (of no type); {NAME_ONE}"),
+    "moved": ([307], "{url} has moved (307); name the address that it moved to"),
+    "broken": ([500], "{url} refuses (500: no); see its log, or name its model with --model"),
+    "hangs up": (
+        [(None, {}, b"")],
+        "{url} broke off (Server disconnected without sending a response.); see its log, then ask again",
+    ),
+    "no such model": (
+        [LISTED, 404],
+        "probe 1: {url} has no /chat/completions (404: no); "
+        "end its address in /v1, and name a model that it has",
+    ),
+    "a model of another name": (
+        [LISTED, (404, {}, b'{"error": {"message": "The model `x` does not exist."}}')],
+        "probe 1: {url} refuses (404: The model `x` does not exist.); name a model that it has with --model",
+    ),
+    "short context": (
+        [LISTED, SHORT, SHORT],
+        "probe 1: {url} refuses (400: maximum context length is 64); "
+        "serve with a longer context (vLLM: --max-model-len, llama.cpp: --ctx-size)",
+    ),
+    "no completion": ([LISTED, {"choices": []}], f"probe 1: the answer is no chat completion; {NAME_ONE}"),
+    "FastAPI": (
+        [LISTED] + [(422, {}, b'{"detail": [{"msg": "x\\u001b"}]}')] * 2,
+        'probe 1: {url} refuses (422: [{"msg": "x\\u001b"}]); mend how it is served',
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failure_is_one_line_with_its_cure(serve, failure):
+    server = serve()
+    server.failures, says = FAILURES[failure]
+    server.failures = list(server.failures)
+    with pytest.raises(UserError) as error:
+        run(server.url)
+    assert str(error.value) == says.replace("{url}", server.url)
+    assert str(error.value).isprintable()
+    assert len(server.requests) <= 3
+
+
+@pytest.mark.parametrize("answer", [5, [], {}, {"choices": None}, {"choices": [{"message": None}]}])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_no_completion_is_told(answer, wrapped):
+    message = (
+        {"content": [5], "tool_calls": None} if answer == {} else {"content": "a", "tool_calls": [answer]}
+    )
+    with pytest.raises(UserError, match=r"^the answer is no chat completion; "):
+        endpoint.reply_of({"choices": [{"message": message}]} if wrapped else answer)
+
+
+def test_a_row_in_the_middle_that_fails_is_named_and_the_others_are_let_go(serve):
+    def say(body):
+        if body["messages"] == ROWS[4][0]:
+            return 400, {}, b'{"error": "the request exceeds the available context size"}'
+        return like_vllm(body)
+
+    server = serve(say)
+    with pytest.raises(
+        UserError, match=r"^/.*heldout\.json:5: http.* refuses \(400: the request .*longer context"
+    ):
+        run(server.url)
+    assert len(server.requests) < 40
+
+
+def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    server = serve()
+    monkeypatch.setattr(endpoint.asyncio, "sleep", sleep)
+    told = [(429, {"Retry-After": after}, b"") for after in ("7", "soon", "0")]
+    server.failures = [429, 503, *told]
+    assert run(server.url) == 0
+    assert waits == [1, 2, 7, 8, 1]
+    server.failures = [(429, {"Retry-After": "3600"}, b'{"error": {"message": "quota"}}')]
+    with pytest.raises(UserError, match=r"stays busy \(429: quota\); ask again later$"):
+        run(server.url)
+    monkeypatch.undo()
+    monkeypatch.setattr(endpoint, "PATIENCE", 1.5)
+    server.failures = [503] * 9
+    with pytest.raises(UserError, match=r"stays busy \(503: no\); ask again later$"):
+        run(server.url)
+    assert len(server.failures) == 7
+
+
+def test_silence_is_not_waited_for_without_end(serve, monkeypatch):
+    monkeypatch.setattr(endpoint, "TIMEOUT", 0.3)
+    server = serve(lambda body: time.sleep(1) or like_vllm(body))
+    with pytest.raises(UserError, match=r"^probe 1: http.* gave no answer within 0\.3 s; see its log$"):
+        run(server.url)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/v1", "http://nowhere.invalid/v1", "http://..", f"http://{'a' * 300}"]
+)
+def test_an_endpoint_that_is_not_there_is_one_line_and_exit_2(tmp_path, url):
+    result = command("--endpoint", url, folder=tmp_path)
+    assert result.returncode == 2
+    assert re.fullmatch(
+        r"http\S+ cannot be reached \(.+\); start the server, or mend the address\n", result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--endpoint", "http://h/v1", "--bits", "4"], "take --adapter and --bits out"),
+        (["--endpoint", "http://h/v1", "--adapter", "qlora_output"], "take --adapter and --bits out"),
+        (["--model", "tuned"], "name that with --endpoint"),
+        *(
+            (["--endpoint", url], "no plain http or https address; write http://host:port/v1")
+            for url in (
+                "",
+                "localhost:8000",
+                "ftp://h",
+                "http://u:secret@h/v1",
+                "http://h/v1?key=secret",
+                "http://h:x",
+                "http://[::1",
+            )
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(capsys, arguments, says):
+    with pytest.raises(SystemExit) as stopped:
+        compare.parse_arguments(arguments)
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert "secret" not in shown
+
+
+def test_without_an_endpoint_the_flags_are_as_before():
+    args = compare.parse_arguments([])
+    assert (args.adapter, args.bits, args.endpoint) == ("qlora_output", None, None)
+    assert compare.parse_arguments(["--adapter", "a", "--bits", "8"]).adapter == "a"
+
+
+def test_torch_is_not_imported_and_the_exit_codes_are_the_verdict(serve, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    server = serve()
+    result = command("--endpoint", server.url, folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("the endpoint passes 6 of 6 probes\n")
+    server.say = lambda body: completion("Да.")
+    result = command("--endpoint", server.url, folder=tmp_path)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert result.stdout.endswith("the endpoint passes 2 of 6 probes\n")
+    assert command("--endpoint", server.url, "--json", "no/r.json", folder=tmp_path).returncode == 2
+
+
+def test_ctrl_c_ends_it_at_once(serve, tmp_path):
+    server = serve(lambda body: time.sleep(5) or like_vllm(body))
+    shutil.copy(ROOT / "heldout.json", tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "compare.py", "--endpoint", server.url],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while len(server.requests) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "\nstopped\n")
+    assert time.monotonic() - began < 3

@@ -1,0 +1,151 @@
+"""Load base and adapter, and answer conversations greedily."""
+
+from typing import NamedTuple
+
+from tuner.data import batching
+from tuner.inference import cuda_decoding
+from tuner.model import folders, loading, locate
+from tuner.system import devices, libraries
+from tuner.system.errors import UserError
+from tuner.training import adapter_folder, adapter_weights
+
+MAX_NEW_TOKENS = 80
+TOKENS_PER_BATCH = 8192  # rows × (longest prompt + MAX_NEW_TOKENS) answered at once: 1.1 GB of cache on 4B
+WEIGHTS_ROOM = 1.2  # of the weights' size: activations and cache of a batch beside them, measured on 4B
+FAST_ON = "cuda"  # the kind of device that decodes by graphs
+
+
+class Answer(NamedTuple):
+    text: str
+    ended: bool  # by itself, within MAX_NEW_TOKENS
+    ids: list  # of its tokens, without the end token
+
+
+def load(adapter, bits):
+    """Returns (model, tokenizer, run): the base that the adapter names with the adapter on, and its run.json.
+
+    Computes in bf16 on a GPU that has it and in fp32 on a CPU, where bf16 is some 200 times slower.
+    Raises UserError if adapter or base are missing, damaged or not each other's, or the GPU is too small.
+    """
+    config, run = adapter_folder.read_settings(adapter)
+
+    libraries.import_libraries()
+
+    import torch
+    from peft import PeftConfig, PeftModel
+
+    base = config["base_model_name_or_path"]
+    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available())
+    adapter_weights.check_weights(adapter, folder, revision)
+    model, tokenizer = load_folder(folder, base, bits)
+    lora = PeftConfig.from_pretrained(adapter)
+    lora.exclude_modules = None  # the vision tower, which is not there: PEFT warns of excluding nothing
+    return PeftModel.from_pretrained(model, adapter, config=lora).eval(), tokenizer, run
+
+
+def load_folder(folder, name, bits):
+    """Returns (model, tokenizer) of a model folder, which messages call by its name; raises as load does."""
+    import torch
+    from transformers import AutoTokenizer
+
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda:0", devices.gpu_dtype()) if gpu else ("cpu", torch.float32)
+    if gpu and bits is None:
+        needed = WEIGHTS_ROOM * folders.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
+        free, _ = torch.cuda.mem_get_info()
+        if needed > free:
+            raise UserError(
+                f"{name} unquantised needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free on the "
+                "GPU; add --bits 4"
+            )
+    model = loading.load_model(folder, bits, device, dtype, vision=False)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def prompt_ids(tokenizer, messages):
+    """Returns the tokens of a conversation up to where the assistant begins to speak."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def end_tokens(model):
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+def padded(tokenizer, prompts, device):
+    """Returns the input_ids and attention_mask of tokenised prompts.
+
+    Padded on the left, so that every answer begins where its prompt ends.
+    """
+    return tokenizer.pad(
+        {"input_ids": prompts},
+        padding_side="left",
+        pad_to_multiple_of=8,  # fp32 on an H100, torch 2.11: padded to 33, all went wrong
+        return_tensors="pt",
+    ).to(device)
+
+
+def generate(model, tokenizer, prompts, on_token, **settings):
+    """Continues tokenised prompts, greedily unless the settings differ; returns the new tokens of each.
+
+    on_token(the newest token of each) is called at every step, and ends all by returning True.
+    """
+    import torch
+    from transformers import StoppingCriteriaList
+
+    def stop(input_ids, scores, **_):
+        stopped = bool(on_token(input_ids[:, -1].tolist()))
+        return torch.full((len(input_ids),), stopped, device=input_ids.device)
+
+    inputs = padded(tokenizer, prompts, model.device)
+    settings = {
+        "do_sample": False,
+        "top_k": None,  # what Gemma's own generation config asks for when it samples
+        "top_p": None,
+        "use_cache": True,
+        "eos_token_id": end_tokens(model),
+        **settings,
+    }
+    with torch.inference_mode(), devices.uncompiled_attention():
+        output = model.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([stop]))
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def cut(prompts):
+    """Cuts the numbers of tokenised prompts into batches of at most TOKENS_PER_BATCH, longest first."""
+
+    def length(i):
+        return len(prompts[i]) + MAX_NEW_TOKENS
+
+    ordered = sorted(range(len(prompts)), key=length, reverse=True)
+    return batching.group(ordered, length, TOKENS_PER_BATCH)
+
+
+def answer(model, tokenizer, conversations, title="answering"):
+    """Answers conversations, each a list of messages that ends with the user's, greedily; returns Answers."""
+    from tqdm import tqdm
+
+    prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
+    ends = end_tokens(model)
+    answers = [None] * len(prompts)
+    work = cut(prompts)
+    bar = tqdm(total=MAX_NEW_TOKENS * len(work), desc=title, unit="token", leave=False, disable=None)
+
+    def advance(*_):
+        bar.update()
+
+    with bar:
+        for number, batch in enumerate(work, 1):
+            asked = [prompts[i] for i in batch]
+            if model.device.type == FAST_ON:
+                inputs = padded(tokenizer, asked, model.device)
+                output = cuda_decoding.decode(model, **inputs, new=MAX_NEW_TOKENS, ends=ends, on_step=advance)
+            else:
+                output = generate(model, tokenizer, asked, advance, max_new_tokens=MAX_NEW_TOKENS)
+            for i, ids in zip(batch, output, strict=True):
+                end = next((place for place, token in enumerate(ids) if token in ends), None)
+                ids = ids[:end]
+                answers[i] = Answer(tokenizer.decode(ids, skip_special_tokens=False), end is not None, ids)
+            bar.update(number * MAX_NEW_TOKENS - bar.n)
+    return answers

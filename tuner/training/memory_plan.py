@@ -1,0 +1,164 @@
+"""How much GPU memory training will take, and the quickest plan that fits."""
+
+from typing import NamedTuple
+
+from tuner.data import batching
+
+BLOCK, NESTED_BLOCK = 64, 256  # weights to a scale, and scales to a scale of theirs (QLoRA, arXiv 2305.14314)
+BYTES_A_WEIGHT = {4: 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK), 8: 1.0}
+# Measured with 40 to 2046 tokens at once, 4 and 8 bits, on an H100 (torch 2.11): what the logits of a trained
+# token take while its loss is computed (bf16, and fp32 three times over), and how many tensors as wide as
+# the hidden state are kept beside one a layer.
+BYTES_A_LOGIT = 13.2
+HIDDEN_BESIDE_LAYERS = 10
+# As CUDA graphs, without checkpointing, what torch reserves: for a token, in widths of hidden state and MLP a
+# layer; for a logit while its gradient is worked out; and for all else (bytes).
+KEPT = {4: 6.05, 8: 6.35}
+BYTES_A_KEPT_LOGIT = 10
+BESIDE = 0.34 * 2**30
+EVALUATED = 8  # logits at once, or an eighth of a graph's tokens: what an evaluation has beside graphs
+MOST, MULTIPLE = 4096, 8  # tokens; a mask is as large as their square, and attention wants such multiples
+SHARE = 0.9  # of what is free on the GPU: training may reserve it, where --memory says nothing
+RESERVED = 1.06  # what torch takes from the card for what it allocates
+CONTEXT = 0.6 * 2**30  # bytes: CUDA's own, and the pages of the optimizer's state (60 MB on 4B)
+USABLE = 0.95  # of a card's nominal memory: the driver and a desktop have the rest
+
+
+class Dimensions(NamedTuple):
+    """The sizes of a Gemma 3's text model; training loads no layer of the vision tower."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    queries: int  # heads × width of a head
+    keys: int  # key/value heads × width of a head
+
+
+# google/gemma-3-4b-it, its config.json (arXiv 2503.19786)
+GEMMA_3_4B_WEIGHTS = 4_300_079_472
+GEMMA_3_4B = Dimensions(262_208, 2560, 10_240, 34, 2048, 1024)
+
+
+def dimensions(config):
+    """Returns the Dimensions of a config.json, a dict; raises KeyError if it is no Gemma 3's."""
+    text = config.get("text_config", config)
+    head = text["head_dim"]
+    sizes = [text[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")]
+    return Dimensions(*sizes, text["num_attention_heads"] * head, text["num_key_value_heads"] * head)
+
+
+def text_weights(d):
+    """Returns how many weights the text model's seven projections have: what does the arithmetic."""
+    return d.layers * d.hidden * (2 * d.queries + 2 * d.keys + 3 * d.intermediate)
+
+
+def lora_weights(d, rank):
+    """Returns how many weights LoRA trains: rank × (inputs + outputs) of each projection."""
+    attention = (d.hidden + d.queries) * 2 + (d.hidden + d.keys) * 2
+    return rank * d.layers * (attention + 3 * (d.hidden + d.intermediate))
+
+
+def plain_weights(d):
+    """Returns how many weights stay bf16: the embedding's, which is the output head too."""
+    return d.vocabulary * d.hidden
+
+
+def peak(d, bits, rank, tokens, trained_at_once):
+    """Returns the bytes that torch allocates at most while it trains with layers checkpointed.
+
+    tokens: of the largest micro-batch, rows × longest row; trained_at_once: of these, how many get logits at
+    the same time.
+    """
+    activations = 2 * d.hidden * (d.layers + HIDDEN_BESIDE_LAYERS) * tokens
+    logits = BYTES_A_LOGIT * d.vocabulary * trained_at_once
+    return fixed(d, bits, rank) + activations + logits
+
+
+def fixed(d, bits, rank):
+    """Returns the bytes of the quantised model, of LoRA in fp32 and of its gradients."""
+    weights = text_weights(d) * BYTES_A_WEIGHT[bits] + 2 * plain_weights(d)
+    return weights + 2 * 4 * lora_weights(d, rank)
+
+
+def evaluated_at_once(tokens, trained_at_once):
+    """Returns how many trained tokens an evaluation has logits of at once, beside graphs of `tokens`."""
+    return max(EVALUATED, min(trained_at_once, tokens // EVALUATED))
+
+
+class Plan(NamedTuple):
+    """How many tokens a micro-batch may have: that keeps all activations, and with layers checkpointed.
+
+    kept, logits: the bytes that a graph has for one of its tokens, and for the logits of a trained one.
+    """
+
+    tokens: int
+    checkpointed: int
+    kept: float = 0
+    logits: float = 0
+
+
+def plans(d, bits, rank, budget, trained_at_once, longest):
+    """Returns the Plans for `budget` bytes of reserved memory and a longest row of so many tokens.
+
+    One, if all rows fit into graphs or there is no room for any; else one with and one without.
+    """
+    kept = KEPT[bits] * 2 * (d.hidden + d.intermediate) * d.layers
+    logit = BYTES_A_KEPT_LOGIT * d.vocabulary
+
+    def graphs(room, evaluation):
+        """Tokens; evaluation: 1 if it has its logits beside them, as the memory of graphs is theirs, or 0."""
+        few = (room - evaluation * logit * EVALUATED) / (kept + logit)
+        few = min(few, room / (kept + logit + evaluation * logit / EVALUATED), trained_at_once)
+        tokens = max((room - logit * trained_at_once * (1 + evaluation)) / kept, few)
+        return int(min(MOST, max(0, tokens))) // MULTIPLE * MULTIPLE
+
+    again = peak(d, bits, rank, 1, 0) - peak(d, bits, rank, 0, 0)
+    checkpointed = (budget / RESERVED - peak(d, bits, rank, 0, trained_at_once)) / again
+    checkpointed = int(min(MOST, max(0, checkpointed)))
+    tokens = graphs(budget - BESIDE - fixed(d, bits, rank), 1)
+    if tokens >= longest:
+        return [Plan(tokens, checkpointed, kept, logit)]
+    # A row that no graph takes has all that it needs beside them, and so has an evaluation.
+    tokens = graphs(budget - BESIDE - least(d, bits, rank, longest, trained_at_once), 0)
+    return [Plan(0, checkpointed), *([Plan(tokens, longest, kept, logit)] if tokens else [])]
+
+
+def least(d, bits, rank, tokens, trained_at_once):
+    """Returns the bytes of reserved memory that a row of so many tokens takes at least."""
+    return peak(d, bits, rank, tokens, trained_at_once) * RESERVED
+
+
+def free(card):
+    """Returns the bytes that are free on a card of so many GiB, once CUDA has started."""
+    return USABLE * card * 2**30 - CONTEXT
+
+
+# Seconds of a micro-batch of few tokens, by number of bits, on an H100 (torch 2.11): as a graph, and with its
+# kernels launched one by one and its layers computed anew.
+KERNELS, LAUNCHING = {4: 0.04, 8: 0.055}, {4: 1.1, 8: 0.9}
+
+
+def cut(rows, tokens, state):
+    """Returns (packs, long): this process's rows of at most `tokens`, packed, and its longer ones."""
+    own = batching.share(rows, state)
+    long = [row for row in own if batching.size(row) > tokens]
+    return batching.pack(own[len(long) :], tokens), long
+
+
+def seconds(plan, steps, bits, state):
+    """Returns how long the kernels of steps take, launched as they are by a memory_estimate.Plan.
+
+    steps: the rows of each, by their lengths in tokens.
+    """
+    graphs = plain = 0
+    for lengths in steps:
+        packs, long = cut([{"input_ids": range(length)} for length in lengths], plan.tokens, state)
+        graphs += len(packs)
+        plain += len(batching.group(long, batching.size, plan.checkpointed))
+    return KERNELS[bits] * graphs + LAUNCHING[bits] * plain
+
+
+def quickest(plans, steps, bits, state):
+    """Returns that of the Plans by which the steps are done first."""
+    return min(plans, key=lambda plan: seconds(plan, steps, bits, state))
