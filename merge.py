@@ -85,7 +85,7 @@ def top_two(model, tokenizer, conversation, answer):
     import torch
 
     ids = generation.prompt_ids(tokenizer, conversation) + answer.ids
-    with torch.inference_mode(), devices.uncompiled_attention():
+    with torch.inference_mode(), devices.without_cudnn_attention():
         inputs = torch.tensor([ids], device=model.device)
         logits = model(input_ids=inputs, logits_to_keep=len(answer.ids) + 1).logits[0].float()
     best = logits.topk(2)
@@ -131,12 +131,12 @@ def copy_files(base, merged):
 
 def move(aside, output):
     """Moves a finished folder into place; what was there is removed after that."""
-    atomic.open_up(aside)
-    atomic.sync(aside)
+    atomic.copy_permissions(aside)
+    atomic.fsync_tree(aside)
     earlier = output.with_name(output.name + ".old")
     if output.exists():
         output.rename(earlier)
-    atomic.rename(aside, output)
+    atomic.rename_synced(aside, output)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
@@ -155,7 +155,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    signals.leave_on_signals()
+    signals.exit_on_signals()
     try:
         run(args)
     except UserError as error:
@@ -167,11 +167,11 @@ def main():
 
 
 def run(args):
-    config, record = adapter_folder.read_settings(args.adapter)
+    config, record = adapter_folder.read_adapter(args.adapter)
     base = config["base_model_name_or_path"]
     output = Path(args.output or f"{Path(base).name}-merged")
-    atomic.check_parent(output)
-    with atomic.only_writer(output):
+    atomic.check_parent_writable(output)
+    with atomic.exclusive_lock(output):
         merge(args, base, record, output)
 
 
@@ -187,7 +187,7 @@ def merge(args, base, record, output):
     from transformers import AutoTokenizer
 
     folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available())
-    adapter_weights.check_weights(args.adapter, folder, revision)
+    adapter_weights.check_adapter(args.adapter, folder, revision)
     print(f"merging    {args.adapter} into {printable(base)}")
     device = choose_device(folders.weight_bytes(folder), output.absolute().parent)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # the same bf16 values, exactly, in fp32
@@ -195,13 +195,13 @@ def merge(args, base, record, output):
     probes = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
 
     def answers(model):
-        given = generation.answer(model, tokenizer, probes)
+        given = generation.answer_all(model, tokenizer, probes)
         return given, [top_two(model, tokenizer, *pair) for pair in zip(probes, given, strict=True)]
 
-    model = loading.load_model(folder, None, device, dtype)
+    model = loading.load_base(folder, None, device, dtype)
     model = PeftModel.from_pretrained(model, args.adapter).eval()
     before = answers(model)
-    aside = atomic.aside(output)
+    aside = atomic.part_path(output)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         model = model.merge_and_unload(safe_merge=True).to(torch.bfloat16)
@@ -216,7 +216,7 @@ def merge(args, base, record, output):
         changed, untouched = merge_proof.prove_weights(folder, args.adapter, aside)
         print(f"proof      {changed} modules changed, each by B·A·alpha/r within bf16 rounding")
         print(f"           {untouched} other tensors are the base's, bit for bit")
-        merged = loading.load_model(str(aside), None, device, dtype).eval()
+        merged = loading.load_base(str(aside), None, device, dtype).eval()
         print("           read back from disk: no key missing, unexpected or of another shape", flush=True)
         after = answers(merged)
         same = compare_answers(tokenizer, before[0], after[0], before[1], after[1])
@@ -227,7 +227,7 @@ def merge(args, base, record, output):
         raise UserError(f"{output} cannot be written ({reason}); free some disk; nothing was kept") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"memory     {devices.told(devices.peak_memory(torch.device(device)))}")
+    print(f"memory     {devices.format_memory(devices.peak_memory(torch.device(device)))}")
     print(f"time       {time.perf_counter() - started:.1f} s")
     print(f"merged     {output}, {folders.weight_bytes(output) / 1e9:.1f} GB")
     print(f"next       python serve.py --model {output}")

@@ -33,7 +33,7 @@ MODEL = Path(folders.BASE_FOLDER).name + "-merged"
 def load(args):
     """Returns (model, tokenizer, names of the models that it is); raises UserError."""
     if args.adapter:
-        model, tokenizer, _ = generation.load(args.adapter, args.bits)
+        model, tokenizer, _ = generation.load_tuned(args.adapter, args.bits)
         return model, tokenizer, ["tuned", "base"]
     folder = Path(args.model)
     if not folder.is_dir():
@@ -44,7 +44,7 @@ def load(args):
     if missing := folders.missing_files(folder):
         raise UserError(f"{folder} is no complete model ({missing[0]} is missing); remove it and merge again")
     libraries.import_libraries()
-    return *generation.load_folder(str(folder), folder, args.bits), [printable(folder.resolve().name)]
+    return *generation.load_model(str(folder), folder, args.bits), [printable(folder.resolve().name)]
 
 
 def port_number(text):
@@ -73,8 +73,8 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    signals.leave_on_signals("stopped")
-    console.outlive_the_terminal()
+    signals.exit_on_signals("stopped")
+    console.ignore_broken_pipes()
     try:
         run(args)
     except UserError as error:

@@ -80,7 +80,7 @@ def load_data(data_path):
     Content is text; calls and their results are text too (chat_rows.as_text). Raises UserError that
     lists every row in error as `file:line: what is wrong; what to do`.
     """
-    return [row for _, row in chat_rows.read(data_path)]
+    return [row for _, row in chat_rows.read_rows(data_path)]
 
 
 def split_rows(rows):
@@ -171,7 +171,7 @@ def tokenise_rows(data_path, rows, tokenizer):
         dataset = tokens(None)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     if max(lengths) > MAX_TOKENS:
-        raise rows_error(data_path, too_long([line for line, _ in chat_rows.read(data_path)], lengths))
+        raise rows_error(data_path, too_long([line for line, _ in chat_rows.read_rows(data_path)], lengths))
     return dataset
 
 
@@ -206,12 +206,14 @@ def warmup_steps(steps):
 
 def micro_batches(examples, state, tokens=None):
     """Cuts this process's share of a step into micro-batches of `tokens` at most (TOKENS_PER_MICRO_BATCH)."""
-    return batching.group(batching.share(examples, state), batching.size, tokens or TOKENS_PER_MICRO_BATCH)
+    return batching.group_padded(
+        batching.shard(examples, state), batching.length, tokens or TOKENS_PER_MICRO_BATCH
+    )
 
 
 def padded_sizes(examples, state, tokens=None):
     """Returns [(whether it is several rows, tokens), …] of this process's micro-batches."""
-    return [(len(b) > 1, len(b) * batching.size(b[0])) for b in micro_batches(examples, state, tokens)]
+    return [(len(b) > 1, len(b) * batching.length(b[0])) for b in micro_batches(examples, state, tokens)]
 
 
 def add_lora(model):
@@ -253,7 +255,10 @@ def add_gradients(model, examples, pad_id, state, tokens=None, total=None):
     total = total or batching.trained_tokens(examples)
     loss = torch.zeros((), device=state.device)
     for batch in micro_batches(examples, state, tokens):
-        part = loss_functions.losses_and_guesses(model, collate.pad(batch, pad_id, state.device))[0] / total
+        part = (
+            loss_functions.loss_and_predictions(model, collate.collate_padded(batch, pad_id, state.device))[0]
+            / total
+        )
         part.backward()
         loss += part.detach()
     return loss
@@ -293,7 +298,9 @@ def within_memory(work, cut, state, tokens, less=1 / 2):
                 "--bits 4, close what else runs on it (nvidia-smi), shorten that row, or take a larger GPU"
             )
         tokens, less = int(max(divisible) * less), max(1 / 2, less * less)
-        console.say(f"memory     full with {largest} tokens at a time; the same again with {tokens} at most")
+        console.print_main(
+            f"memory     full with {largest} tokens at a time; the same again with {tokens} at most"
+        )
 
 
 def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, asked=(), at_once=None):
@@ -309,13 +316,13 @@ def evaluate(model, examples, calls, call_token, pad_id, state, tokens=None, ask
     model.eval()
     examples = [{**example, "is_call": call} for example, call in zip(examples, calls, strict=True)]
     sums = torch.zeros(2, dtype=torch.float64, device=state.device)
-    with torch.no_grad(), devices.uncompiled_attention():
+    with torch.no_grad(), devices.without_cudnn_attention():
         for batch in micro_batches(examples, state, tokens):
             if asked and state.num_processes == 1:  # several would wait for one another
                 model.train(was_training)
                 return None
-            loss, guesses = loss_functions.losses_and_guesses(
-                model, collate.pad(batch, pad_id, state.device), at_once
+            loss, guesses = loss_functions.loss_and_predictions(
+                model, collate.collate_padded(batch, pad_id, state.device), at_once
             )
             sums[0] += loss
             guesses = iter(guesses.tolist())
@@ -391,7 +398,7 @@ def train(
     guessing = math.log(model.config.get_text_config().vocab_size)  # the loss of one that knows nothing
     held_out, held_out_calls = [examples[i] for i in validation], [calls[i] for i in validation]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    weights = flat_weights.in_one(parameters)
+    weights = flat_weights.flatten_parameters(parameters)
     adapter = get_peft_model_state_dict(model)  # the weights themselves, by name
     per_epoch = len(steps_of(1, training))
     steps = per_epoch * args.epochs
@@ -428,7 +435,7 @@ def train(
             return
         history["seconds"] = round(seconds + time.perf_counter() - started, 1)
         states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        now = flat_weights.on_the_cpu(adapter, weights)
+        now = flat_weights.copy_to_cpu(adapter, weights)
         save(history, now, best if history["kept_step"] != step else None, states)
 
     def check(what, value, limit):
@@ -484,10 +491,10 @@ def train(
                 check("validation loss", loss, EXPLODED * max(guessing, losses[0]))
                 line += f"  validation loss {loss:.3f}  decided right {right}/{len(validation)}"
                 if all((-right, loss) < (-e["right"], e["loss"]) for e in evaluations):
-                    best = flat_weights.on_the_cpu(adapter, weights)
+                    best = flat_weights.copy_to_cpu(adapter, weights)
                     history["kept_step"] = step
                 evaluations.append({"epoch": epoch, "step": step, "loss": loss, "right": right})
-            console.say(line)
+            console.print_main(line)
             keep()
             if epoch < args.epochs and any_asked(asked, state):
                 return None
@@ -531,7 +538,7 @@ def parse_arguments():
         "--memory",
         type=positive(float),
         metavar="GIB",
-        help=f"GPU memory that may be reserved (default: {memory_plan.SHARE:.0%}% of what is free)",
+        help=f"GPU memory that may be reserved (default: {memory_plan.MEMORY_FRACTION:.0%}% of what is free)",
     )
     parser.add_argument(
         "--rehearse",
@@ -558,7 +565,7 @@ def main():
     try:
         run(args)
     except UserError as error:
-        if console.is_main():
+        if console.is_main_process():
             print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -575,19 +582,19 @@ def main():
 
 def run(args):
     rows = load_data(args.data)
-    adapter_folder.check(args.output, args.resume)
-    with atomic.only_writer(args.output) if console.is_main() else nullcontext():
-        if console.is_main():
+    adapter_folder.check_output(args.output, args.resume)
+    with atomic.exclusive_lock(args.output) if console.is_main_process() else nullcontext():
+        if console.is_main_process():
             adapter_folder.clear(args.output)
         if args.resume and adapter_folder.is_finished(args.output):
-            console.say(f"finished   the run in {args.output} is done: there is nothing to resume")
-            args.bits = adapter_folder.read_settings(args.output)[1].get("bits", args.bits)
-            console.say(f"next       {next_command(args)}")
+            console.print_main(f"finished   the run in {args.output} is done: there is nothing to resume")
+            args.bits = adapter_folder.read_adapter(args.output)[1].get("bits", args.bits)
+            console.print_main(f"next       {next_command(args)}")
             return
         try:
             tune(args, rows)
         finally:
-            if console.is_main():
+            if console.is_main_process():
                 adapter_folder.remove_if_empty(args.output)
 
 
@@ -606,19 +613,19 @@ def tune(args, rows):
     import torch
     from accelerate import PartialState
 
-    devices.make_products_repeatable()
+    devices.make_cpu_matmul_deterministic()
     dtype = getattr(torch, REHEARSAL_DTYPE) if args.rehearse else devices.gpu_dtype()
     state = PartialState(cpu=args.rehearse)
-    devices.check_product(args.bits, state.device, dtype)
+    devices.check_quantized_matmul(args.bits, state.device, dtype)
     teaching = sum(chat_text.has_call(row["messages"]) for row in rows)
-    console.say(
+    console.print_main(
         f"rows       {len(rows)} of {args.data}: {teaching} with a call, {len(rows) - teaching} without"
     )
-    for mark, text in hardware.check_memory():
+    for mark, text in hardware.check_host_memory():
         if mark == "✗":
-            console.say(f"warning    {text}")
+            console.print_main(f"warning    {text}")
     if not validation:
-        console.say(
+        console.print_main(
             "           too few to hold 10 % out: all are trained on, and the last step's adapter is kept"
         )
 
@@ -626,56 +633,56 @@ def tune(args, rows):
         folder, revision = locate.find_model(args.model, args.rehearse)
     tokenizer = gemma_tokenizer.load_tokenizer(folder)
     examples = tokenise_rows(args.data, rows, tokenizer)
-    facts["model_sha256"] = folders.fingerprint(folder)
+    facts["model_sha256"] = folders.weights_fingerprint(folder)
     facts["tokens_sha256"] = fingerprint_of_tokens(examples)
     if found:
         check_unchanged(args, found[0], facts)
     lengths = [len(ids) for ids in examples["input_ids"]]
     tokens, trained = sum(lengths), batching.trained_tokens(examples)
-    console.say(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
+    console.print_main(f"tokens     {tokens} in all, {trained} trained, {max(lengths)} in the longest row")
 
     epoch = [[lengths[i] for i in numbers] for numbers in steps_of(1, training)]
     plan = None if args.rehearse else plan_memory(args, folder, epoch, max(lengths), trained, state)
-    console.say(f"model      {args.model} in {args.bits} bits on {devices.device_name(state.device)}")
+    console.print_main(f"model      {args.model} in {args.bits} bits on {devices.device_name(state.device)}")
     started = time.perf_counter()
     torch.manual_seed(SEED)  # LoRA's first weights
-    model = add_lora(loading.load_model(folder, args.bits, state.device, dtype, vision=False))
+    model = add_lora(loading.load_base(folder, args.bits, state.device, dtype, vision=False))
     model.peft_config["default"].base_model_name_or_path = args.model
     if not args.rehearse or REHEARSAL_CHECKPOINTING:
         loss_functions.checkpoint_layers(model)
-    if console.is_main():
+    if console.is_main_process():
         model.print_trainable_parameters()
     if plan:
-        fused.prepare(model)
+        fused.fuse_layers(model)
     loaded = time.perf_counter()
-    console.say(
+    console.print_main(
         f"training   {len(training)} rows, {ROWS_PER_STEP} a step; {len(validation)} rows for validation"
     )
     if found:
-        console.say(f"resumed    after step {found[0]['step']} of {found[0]['history']['steps']}")
-    elif console.is_main() and (earlier := adapter_folder.make_room(args.output)):
-        console.say(f"earlier    the adapter that was in {args.output} is now in {earlier}")
+        console.print_main(f"resumed    after step {found[0]['step']} of {found[0]['history']['steps']}")
+    elif console.is_main_process() and (earlier := adapter_folder.make_room(args.output)):
+        console.print_main(f"earlier    the adapter that was in {args.output} is now in {earlier}")
 
     config = model.peft_config["default"]
-    with signals.asked_to_stop() as asked:
+    with signals.stop_requests() as asked:
         try:
-            with checkpoints.writer(args.output, config, facts, console.say) as save:
+            with checkpoints.writer(args.output, config, facts, console.print_main) as save:
                 history = train(
                     *(model, examples, training, validation, calls, tokenizer, args, state),
-                    *(found, save if console.is_main() else None, asked, plan),
+                    *(found, save if console.is_main_process() else None, asked, plan),
                 )
         except UserError as error:
-            places = checkpoints.places(args.output)
+            places = checkpoints.checkpoint_dirs(args.output)
             kept = f"the last checkpoint is {places[0]}" if places else "no checkpoint was written yet"
             raise UserError(f"{error}; {kept}") from error
         except Exception:
-            if console.is_main() and checkpoints.places(args.output):
+            if console.is_main_process() and checkpoints.checkpoint_dirs(args.output):
                 print(f"the checkpoints are kept; go on with: {command(args)}", file=sys.stderr)
             raise
         state.destroy_process_group()
         if history is None:
             stop(args, asked)
-        if not console.is_main():
+        if not console.is_main_process():
             return
         seconds = {"loading": round(loaded - started, 1), "training": history.pop("seconds")}
         memory = devices.peak_memory(state.device)
@@ -687,7 +694,11 @@ def tune(args, rows):
             "data": args.data,
             "data_sha256": facts["data_sha256"],
             "prompts_sha256": sorted(
-                {fingerprint for row in rows for fingerprint in chat_text.fingerprints(row["messages"])}
+                {
+                    fingerprint
+                    for row in rows
+                    for fingerprint in chat_text.answer_fingerprints(row["messages"])
+                }
             ),
             "rows": {"all": len(rows), "training": len(training), "validation": len(validation)},
             "tokens": tokens,
@@ -696,7 +707,7 @@ def tune(args, rows):
             "compute_dtype": str(dtype).removeprefix("torch."),
             "processes": state.num_processes,
             "device": devices.device_name(state.device),
-            "versions": libraries.versions(),
+            "versions": libraries.library_versions(),
             "trainable_parameters": trainable,
             "all_parameters": all_parameters,
             **history,
@@ -704,20 +715,20 @@ def tune(args, rows):
             "peak_memory_gib": memory,
         }
         try:
-            adapter_weights.write(args.output, model, folder, record)
+            adapter_weights.write_adapter(args.output, model, folder, record)
         except OSError as error:
             raise UserError(
                 f"{args.output}: the adapter could not be written ({error.strerror}); it takes "
-                f"{adapter_weights.size(model, folder) / 1e6:.0f} MB, and "
+                f"{adapter_weights.adapter_bytes(model, folder) / 1e6:.0f} MB, and "
                 f"{shutil.disk_usage(args.output).free / 1e6:.0f} MB are free; free some, then go on with: "
                 + command(args)
             ) from error
-    console.say(f"memory     {devices.told(memory)}")
-    console.say(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
-    console.say(
+    console.print_main(f"memory     {devices.format_memory(memory)}")
+    console.print_main(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
+    console.print_main(
         f"adapter    {args.output}, of step {history['kept_step']}; its curves: {args.output}/loss.png"
     )
-    console.say(f"next       {next_command(args)}")
+    console.print_main(f"next       {next_command(args)}")
 
 
 def plan_memory(args, folder, epoch, longest, trained, state):
@@ -735,38 +746,38 @@ def plan_memory(args, folder, epoch, longest, trained, state):
             "--memory needs a GPU with bf16: an L4, an A10, an RTX 30xx or newer; leave it out here"
         )
     free, total = torch.cuda.mem_get_info()
-    budget = args.memory * 2**30 if args.memory else memory_plan.SHARE * free
+    budget = args.memory * 2**30 if args.memory else memory_plan.MEMORY_FRACTION * free
     if budget > free:
         there = f"{free / 2**30:.1f} GiB are free on this GPU"
         raise UserError(f"--memory {args.memory:g}: {there}; name less, or close what else runs (nvidia-smi)")
-    d = memory_plan.dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
+    d = memory_plan.read_dimensions(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
     at_once = min(loss_functions.LOGITS_AT_ONCE, trained)
-    plans = memory_plan.plans(d, args.bits, LORA_R, budget, at_once, longest)
+    plans = memory_plan.make_plans(d, args.bits, LORA_R, budget, at_once, longest)
     if max(plans[0].tokens, plans[0].checkpointed) < longest:
-        least = memory_plan.least(d, args.bits, LORA_R, longest, at_once)
+        least = memory_plan.least_bytes(d, args.bits, LORA_R, longest, at_once)
         needed = f"{args.bits} bits and a row of {longest} tokens take {least / 2**30:.1f}"
         cure = "name more with --memory" if args.memory else "close what else runs on it (nvidia-smi)"
         cure += f", take {'--bits 4, ' * (args.bits == 8)}shorter rows or a larger GPU"
         raise UserError(f"{budget / 2**30:.1f} GiB of GPU memory are too little: {needed}; {cure}")
     torch.cuda.set_per_process_memory_fraction(budget / total)
-    plan = memory_plan.quickest(plans, epoch, args.bits, state)
+    plan = memory_plan.quickest_plan(plans, epoch, args.bits, state)
     how = f"{plan.tokens} tokens at once, as CUDA graphs" if plan.tokens else ""
     if plan.tokens < longest:
         how += "; longer rows " * bool(plan.tokens) + f"{plan.checkpointed} tokens at once, "
         how += "their layers computed anew for the gradient"
-    console.say(f"memory     {budget / 2**30:.1f} GiB at most: {how}")
+    console.print_main(f"memory     {budget / 2**30:.1f} GiB at most: {how}")
     return plan
 
 
 def find_checkpoint(args, facts):
     """Returns the checkpoint to go on from, None to start afresh; raises UserError if neither may be done."""
     if args.resume:
-        if found := checkpoints.newest(args.output, console.say):
+        if found := checkpoints.newest(args.output, console.print_main):
             check_unchanged(args, found[0], facts)
             return found
-        damaged = " --overwrite" if checkpoints.places(args.output) else ""
+        damaged = " --overwrite" if checkpoints.checkpoint_dirs(args.output) else ""
         raise UserError(f"{args.output} has nothing to resume; start with: {command(args, damaged)}")
-    places = checkpoints.places(args.output)
+    places = checkpoints.checkpoint_dirs(args.output)
     if places and not adapter_folder.is_finished(args.output) and not args.overwrite:
         raise UserError(
             f"{args.output} holds an unfinished run ({places[0].name}); go on with: {command(args)}; "
@@ -793,11 +804,11 @@ def fingerprint_of_tokens(examples):
 
 def stop(args, asked):
     """Says how to go on, and exits as a process does that a signal ended."""
-    places = checkpoints.places(args.output)
-    console.say(
+    places = checkpoints.checkpoint_dirs(args.output)
+    console.print_main(
         f"stopped    the newest checkpoint is {places[0]}" if places else "stopped    with no checkpoint"
     )
-    console.say(f"go on      {command(args)}")
+    console.print_main(f"go on      {command(args)}")
     sys.exit(128 + (asked[0] if asked else signal.SIGINT))
 
 
@@ -826,5 +837,5 @@ def recipe():
 
 
 if __name__ == "__main__":
-    console.outlive_the_terminal()
+    console.ignore_broken_pipes()
     main()

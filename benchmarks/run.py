@@ -82,7 +82,7 @@ def long_rows(count, tokenizer):
 
 def versions(peer=None):
     """Returns the versions of what a run is made of, and of the peer, by name."""
-    return {**libraries.versions(), **({peer: metadata.version(peer)} if peer else {})}
+    return {**libraries.library_versions(), **({peer: metadata.version(peer)} if peer else {})}
 
 
 # ---------------------------------------------------------------------------------------------- peers
@@ -155,7 +155,7 @@ def trl(args, settings):
     """Returns (model, tokenizer) as TRL's own QLoRA example has them, with our recipe's numbers."""
     import torch
 
-    model = loading.load_model(args.model, args.bits, "cuda:0", torch.bfloat16)
+    model = loading.load_base(args.model, args.bits, "cuda:0", torch.bfloat16)
     return train_qlora.add_lora(model), gemma_tokenizer.load_tokenizer(args.model)
 
 

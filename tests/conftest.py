@@ -18,7 +18,7 @@ from tuner.model import small_model
 from tuner.system import devices, libraries
 
 # As train_qlora.py does before its first product; the first one of pytest's process is another test's.
-devices.make_products_repeatable()
+devices.make_cpu_matmul_deterministic()
 # A shell that starts pytest in the background has it ignore SIGINT, and its children would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -160,7 +160,7 @@ def other_writer(output):
     """Has another process write the folder `output` meanwhile, and kills it; gives its number."""
     script = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from tuner.system import atomic\n"
-        f"with atomic.only_writer({str(output)!r}):\n    print('there', flush=True); time.sleep(600)\n"
+        f"with atomic.exclusive_lock({str(output)!r}):\n    print('there', flush=True); time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:

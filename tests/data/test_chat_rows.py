@@ -270,31 +270,31 @@ def test_messages_are_turns_of_text_in_the_order_of_the_calls():
             '<tool_result name="get_rate">1 &lt; 2 &amp; 3</tool_result>\nСколько у меня денег?',
         },
     ]
-    assert chat_rows.as_text(messages) == turns
+    assert chat_rows.validate_and_render(messages) == turns
     results = turns[3]["content"].removesuffix("\n" + USER["content"])
-    assert chat_rows.as_text(messages[:-1]) == [*turns[:3], {"role": "user", "content": results}]
-    assert chat_rows.as_text([USER]) == [USER]
+    assert chat_rows.validate_and_render(messages[:-1]) == [*turns[:3], {"role": "user", "content": results}]
+    assert chat_rows.validate_and_render([USER]) == [USER]
 
 
 @pytest.mark.parametrize("content", [None, "", " \n", []])
 def test_a_call_without_words_is_the_whole_turn(content):
     tag = '<tool_call name="get_sensitive_data" arguments="{}"/>'
     for message in (calling(A, content=content), calling(without("id", without("type", A)))):
-        assert chat_rows.as_text([USER, message])[1] == {"role": "assistant", "content": tag}
+        assert chat_rows.validate_and_render([USER, message])[1] == {"role": "assistant", "content": tag}
 
 
 def test_text_of_messages_at_fault_is_refused_and_of_unknown_keys_is_not():
     """A client sends back what it was given, with keys that are nothing to us."""
     sent = {**calling({**A, "index": 0}), "refusal": None}
-    assert chat_rows.as_text([USER, sent]) == chat_rows.as_text([USER, calling(A)])
+    assert chat_rows.validate_and_render([USER, sent]) == chat_rows.validate_and_render([USER, calling(A)])
     with pytest.raises(ValueError, match=r'^message 2: call 1: calls "get_sensitive_data", which'):
-        chat_rows.as_text([USER, sent], {"f"})
-    assert row_faults.names_of(TOOLS) == {"get_sensitive_data"}
+        chat_rows.validate_and_render([USER, sent], {"f"})
+    assert row_faults.declared_names(TOOLS) == {"get_sensitive_data"}
     with pytest.raises(ValueError, match=r'^the end: the call "b" has no result; '):
-        chat_rows.as_text([USER, calling(A, B), result("a")])
+        chat_rows.validate_and_render([USER, calling(A, B), result("a")])
     for wrong in (None, [], [5], [{"role": {}, "content": "a"}], [USER, result("a")], [ASSISTANT]):
         with pytest.raises(ValueError, match="; "):
-            chat_rows.as_text(wrong)
+            chat_rows.validate_and_render(wrong)
 
 
 def test_all_errors_are_listed_and_the_first_twenty_shown(tmp_path):

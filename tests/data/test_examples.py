@@ -12,12 +12,12 @@ CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
 
 
 def prompts(path):
-    return [row["messages"][0]["content"] for _, row in chat_rows.read(path)]
+    return [row["messages"][0]["content"] for _, row in chat_rows.read_rows(path)]
 
 
 @pytest.mark.parametrize(("path", "each"), [("examples.json", 35), ("heldout.json", 20)])
 def test_half_calls_and_half_general(path, each):
-    answers = [row["messages"][-1]["content"] for _, row in chat_rows.read(path)]
+    answers = [row["messages"][-1]["content"] for _, row in chat_rows.read_rows(path)]
     assert answers.count(CALL) == each
     general = [answer for answer in answers if answer != CALL]
     assert len(general) == each
@@ -27,12 +27,12 @@ def test_half_calls_and_half_general(path, each):
 
 def test_no_prompt_stands_twice_in_or_across_the_sets():
     everything = [*prompts("examples.json"), *prompts("heldout.json")]
-    assert len({chat_text.normalised(prompt) for prompt in everything}) == len(everything) == 110
+    assert len({chat_text.normalize(prompt) for prompt in everything}) == len(everything) == 110
 
 
 @pytest.mark.parametrize("path", ["examples.json", "heldout.json"])
 def test_no_word_mixes_scripts_and_no_character_is_invisible(path):
-    for _, row in chat_rows.read(path):
+    for _, row in chat_rows.read_rows(path):
         for message in row["messages"]:
             text = message["content"]
             assert all(c.isprintable() for c in text), text
@@ -45,7 +45,7 @@ def test_the_rows_of_the_readme_are_read_as_it_says(tmp_path):
     readme = Path("README.md").read_text(encoding="utf-8")
     path = tmp_path / "rows.json"
     path.write_text("\n".join(re.findall(r'^ *({"messages".*})$', readme, re.MULTILINE)), encoding="utf-8")
-    (_, text), (_, shaped) = chat_rows.read(path)
+    (_, text), (_, shaped) = chat_rows.read_rows(path)
     assert [text["messages"], text["messages"][1]["content"]] == [shaped["messages"][:2], CALL]
     result = re.search("<tool_result .*?</tool_result>", readme)[0]
     assert shaped["messages"][2] == {"role": "user", "content": result}

@@ -17,12 +17,12 @@ from tuner.data.tool_call import (
     INCOMPLETE,
     NO_OBJECT,
     Call,
+    format_call,
+    format_result,
+    looks_like_call,
     parse,
-    read,
-    split,
-    trace,
-    write,
-    write_result,
+    parse_at,
+    split_text,
 )
 
 settings.register_profile("tool_call", deadline=None, derandomize=True, database=None)
@@ -70,15 +70,15 @@ def test_a_form_is_read_and_each_of_its_prefixes_is_incomplete(text, arguments, 
     assert parse(text) == (Call("f", arguments, tuple(deviations)), None)
     begun = len(text) - len(CLOSING_TAG) if "closing tag" in deviations else len(text)
     for length in range(begun):
-        assert read(text[:length]) == (None, 0, INCOMPLETE), text[:length]
+        assert parse_at(text[:length]) == (None, 0, INCOMPLETE), text[:length]
     for length in range(begun, len(text)):
-        assert read(text[:length]) == (Call("f", arguments, tuple(deviations[:-1])), begun, None)
+        assert parse_at(text[:length]) == (Call("f", arguments, tuple(deviations[:-1])), begun, None)
 
 
 def test_a_call_is_read_where_it_begins_and_no_further():
-    assert read(f"да{CANONICAL}</tool_call>", 2) == (Call("get_sensitive_data", {}, ()), 55, None)
-    assert read(f"да{CANONICAL}", 1) == (None, 1, "no call")
-    assert read(f"{HEAD}'{{}}'></tool_call>>")[1] == 47
+    assert parse_at(f"да{CANONICAL}</tool_call>", 2) == (Call("get_sensitive_data", {}, ()), 55, None)
+    assert parse_at(f"да{CANONICAL}", 1) == (None, 1, "no call")
+    assert parse_at(f"{HEAD}'{{}}'></tool_call>>")[1] == 47
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_anything_else_is_no_call_and_says_why(text, reason):
     ],
 )  # fmt: skip
 def test_incomplete_ends_with_the_character_that_no_text_can_mend(text, fatal):
-    assert read(text)[2] == INCOMPLETE
-    assert read(text + fatal)[2] not in (None, INCOMPLETE)
+    assert parse_at(text)[2] == INCOMPLETE
+    assert parse_at(text + fatal)[2] not in (None, INCOMPLETE)
 
 
 # The last one is too large for a float until its exponent is there.
@@ -160,7 +160,7 @@ LITERALS = ["true", "false", "null", "-10.25E-3", '"\\u00e9\\n"', "9" * 400 + ".
 def test_every_json_literal_may_be_cut_anywhere(literal):
     for text in (whole(f'{{"a": {literal}}}'), whole(f'{{"a": [{literal}, {{"b": {literal}}}]}}', "'")):
         assert parse(text)[0]
-        assert {read(text[:length])[2] for length in range(len(text))} == {INCOMPLETE}
+        assert {parse_at(text[:length])[2] for length in range(len(text))} == {INCOMPLETE}
 
 
 @pytest.mark.parametrize(
@@ -173,15 +173,17 @@ def test_every_json_literal_may_be_cut_anywhere(literal):
     ],
 )  # fmt: skip
 def test_a_plain_sentence_is_no_trace(text, expected):
-    assert trace(text) is expected
+    assert looks_like_call(text) is expected
 
 
 def test_what_is_written_is_canonical_to_the_letter():
-    assert write("get_sensitive_data", {}) == CANONICAL
+    assert format_call("get_sensitive_data", {}) == CANONICAL
     text = "{&quot;имя&quot;: &quot;&lt;О'Нил&gt; &amp; \\&quot;Ко\\&quot;&quot;, &quot;n&quot;: [1, 2.5]}"
-    assert write("f", {"имя": '<О\'Нил> & "Ко"', "n": [1, 2.5]}) == whole(text)
-    assert write('a"b', {}) == '<tool_call name="a&quot;b" arguments="{}"/>'
-    assert write("f", ' {"имя":"\\u0436" , "n":[1,2.50]}') == write("f", {"имя": "ж", "n": [1, 2.5]})
+    assert format_call("f", {"имя": '<О\'Нил> & "Ко"', "n": [1, 2.5]}) == whole(text)
+    assert format_call('a"b', {}) == '<tool_call name="a&quot;b" arguments="{}"/>'
+    assert format_call("f", ' {"имя":"\\u0436" , "n":[1,2.50]}') == format_call(
+        "f", {"имя": "ж", "n": [1, 2.5]}
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,9 +195,9 @@ def test_what_is_written_is_canonical_to_the_letter():
 )
 def test_what_would_not_be_read_back_is_not_written(arguments):
     with pytest.raises(ValueError, match=r"arguments|Expecting"):
-        write("f", arguments)
+        format_call("f", arguments)
     with pytest.raises(ValueError, match="the name is empty"):
-        write("", {})
+        format_call("", {})
 
 
 ANY_TEXT = st.text(
@@ -214,32 +216,32 @@ SOUP = st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | ANY_TEXT
 
 @given(name=ANY_TEXT.filter(bool), content=SOUP | st.just("</tool_result><tool_result name='f'>") | ANY_TEXT)
 def test_a_result_is_one_tag_whatever_it_holds(name, content):
-    text = write_result(name, content)
+    text = format_result(name, content)
     match = re.fullmatch(r'<tool_result name="(.*?)">(.*)</tool_result>', text, re.DOTALL)
     assert (html.unescape(match[1]), html.unescape(match[2])) == (name, content)
     assert (text.count("<"), text.count(">")) == (2, 2)
-    assert split(text) == ([text], "")
+    assert split_text(text) == ([text], "")
 
 
 @given(name=ANY_TEXT.filter(bool), arguments=st.dictionaries(ANY_TEXT, VALUES), cut=st.integers(0))
 def test_a_written_call_is_read_back_and_its_prefixes_are_incomplete(name, arguments, cut):
-    text = write(name, arguments)
+    text = format_call(name, arguments)
     assert parse(text) == (Call(name, arguments, ()), None)
-    assert read(text[: cut % len(text)]) == (None, 0, INCOMPLETE)
+    assert parse_at(text[: cut % len(text)]) == (None, 0, INCOMPLETE)
     source = json.dumps(arguments).replace("&", "\\u0026")
     raw = whole(source)
     assert parse(raw) == (Call("f", json.loads(source), ("raw inner quotes",) if arguments else ()), None)
-    assert read(raw[: cut % len(raw)]) == (None, 0, INCOMPLETE)
+    assert parse_at(raw[: cut % len(raw)]) == (None, 0, INCOMPLETE)
 
 
 @settings(max_examples=300)
 @given(begun=st.sampled_from(["", HEAD, HEAD + '"{"a', HEAD + "'{&quot;a&quot;:"]), soup=SOUP)
 def test_no_text_raises_and_what_no_text_can_mend_stays_so(begun, soup):
     text = begun + soup
-    trace(text)
+    looks_like_call(text)
     call, reason = parse(text)
     assert (call is None) == bool(reason)
-    dead = [read(text[:length])[2] not in (None, INCOMPLETE) for length in range(len(text) + 1)]
+    dead = [parse_at(text[:length])[2] not in (None, INCOMPLETE) for length in range(len(text) + 1)]
     assert dead == sorted(dead)
 
 
@@ -266,7 +268,7 @@ def as_xml(text):
 
 DAMAGED = [
     CANONICAL,
-    write("f&f", {"a": '<b & "c">', "aa": [1, -1.5, {"b": None}]}),
+    format_call("f&f", {"a": '<b & "c">', "aa": [1, -1.5, {"b": None}]}),
     "<tool_call arguments='{\"a\": 1}' name='f'/>",
 ]
 EDITS = st.tuples(st.integers(0, 200), st.integers(0, 1), st.sampled_from(["", *" <>&;/='\"a{}[]:,1#-\\"]))
@@ -296,7 +298,7 @@ HOSTILE = [
 def test_time_is_linear_in_hostile_text(start):
     for piece in HOSTILE:
         text = start + piece * (100_000 // len(piece))
-        for judge in (read, parse, trace):
+        for judge in (parse_at, parse, looks_like_call):
             began = time.process_time()
             judge(text)
             assert time.process_time() - began < 1, (judge, piece)
@@ -328,7 +330,7 @@ OPENED, CLOSED = (Call("f", {}, ("no closing slash", *rest)) for rest in ((), ("
     ],
 )
 def test_what_is_said_and_what_is_called(text, parts):
-    assert split(text) == (parts, "")
+    assert split_text(text) == (parts, "")
     for first in range(len(text) + 1):  # every cut, and character by character
         assert streamed([text[:first], text[first:]]) == parts
     assert streamed(text) == parts
@@ -338,9 +340,9 @@ def streamed(pieces):
     """What a reader of a stream has at its end."""
     parts, rest = [], ""
     for piece in pieces:
-        found, rest = split(rest + piece, more=True)
+        found, rest = split_text(rest + piece, more=True)
         parts += found
-    found, rest = split(rest)
+    found, rest = split_text(rest)
     assert rest == ""
     joined = []
     for part in parts + found:
@@ -352,12 +354,12 @@ def streamed(pieces):
 
 
 def test_nothing_is_held_back_that_cannot_be_a_call():
-    assert split("Сумма 5 < 6 и <b", more=True) == (["Сумма 5 < 6 и <b"], "")
-    assert split("Сумма <tool", more=True) == (["Сумма "], "<tool")
-    assert split('<tool_call nome="', more=True) == (['<tool_call nome="'], "")
-    assert split(f"{CANONICAL}!", more=True) == ([CALL, "!"], "")
-    assert split(OPEN, more=True) == ([], OPEN)
-    assert split(f"{OPEN} ", more=True) == ([OPENED, " "], "")
+    assert split_text("Сумма 5 < 6 и <b", more=True) == (["Сумма 5 < 6 и <b"], "")
+    assert split_text("Сумма <tool", more=True) == (["Сумма "], "<tool")
+    assert split_text('<tool_call nome="', more=True) == (['<tool_call nome="'], "")
+    assert split_text(f"{CANONICAL}!", more=True) == ([CALL, "!"], "")
+    assert split_text(OPEN, more=True) == ([], OPEN)
+    assert split_text(f"{OPEN} ", more=True) == ([OPENED, " "], "")
 
 
 PIECES = [

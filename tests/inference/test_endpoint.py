@@ -21,9 +21,10 @@ from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "get_sensitive_data"
-TAG = tool_call.write(NAME, {})
+TAG = tool_call.format_call(NAME, {})
 ROWS = [
-    (row["messages"][:-1], row["messages"][-1]["content"]) for _, row in chat_rows.read(ROOT / "heldout.json")
+    (row["messages"][:-1], row["messages"][-1]["content"])
+    for _, row in chat_rows.read_rows(ROOT / "heldout.json")
 ]
 NEEDED = [need for _, need in PROBES] + [answer == TAG for _, answer in ROWS]
 
@@ -149,7 +150,7 @@ def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
     wrong = [  # an answer, its text, and why it is wrong where a call is needed
         (calling((NAME, "{}"), (NAME, "{}")), f"{TAG}\n{TAG}", "several calls"),
         (calling((NAME, "{}"), content="Секунду."), f"Секунду.\n{TAG}", "text around the call"),
-        (calling(("get_data", "{}")), tool_call.write("get_data", {}), f"calls get_data, not {NAME}"),
+        (calling(("get_data", "{}")), tool_call.format_call("get_data", {}), f"calls get_data, not {NAME}"),
         (calling((NAME, "{id: 1}")), TAG.replace("{}", "{id: 1}"), tool_call.NO_OBJECT),
         (calling((NAME, '{"id":1}')), TAG.replace("}", "&quot;id&quot;:1}"), "other arguments than expected"),
         (calling((NAME, None)), TAG.replace("{}", "null"), tool_call.NO_OBJECT),

@@ -73,12 +73,14 @@ def test_long_rows_are_as_long_as_they_are_said_to_be_and_little_of_them_is_padd
     assert max(sizes) > 5 * statistics.median(sizes)
     rows = [{"input_ids": range(size), "labels": []} for size in sizes] * 12  # some 5,000
     budget = run.OURS["long"][0][1] * 2**30
-    tokens = memory_plan.plans(memory_plan.GEMMA_3_4B, 4, 16, budget, 128, max(sizes))[0].tokens
+    tokens = memory_plan.make_plans(memory_plan.GEMMA_3_4B, 4, 16, budget, 128, max(sizes))[0].tokens
     order = train_qlora.steps_of(1, range(len(rows)))
     alone = SimpleNamespace(num_processes=1, process_index=0)
-    packs = [pack for step in order for pack in memory_plan.cut([rows[i] for i in step], tokens, alone)[0]]
-    packs = [batching.tokens_in(pack) for pack in packs]
-    lengths = cuda_graphs.choose_lengths(packs)
+    packs = [
+        pack for step in order for pack in memory_plan.split_packs([rows[i] for i in step], tokens, alone)[0]
+    ]
+    packs = [batching.total_tokens(pack) for pack in packs]
+    lengths = cuda_graphs.choose_length_buckets(packs)
     padded = sum(min(length for length in lengths if length >= size) for size in packs)
     assert sum(sizes) * 12 == sum(packs)
     assert padded < 1.05 * sum(packs)

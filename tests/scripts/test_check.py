@@ -121,7 +121,7 @@ def test_rows_with_tool_calls_are_looked_at_as_the_text_that_they_become(tmp_pat
     path = tmp_path / "rows.json"
     rows = [asked, [*asked, results[0], answer], [asked[0], twice, *results, answer]]
     path.write_text("\n".join(json.dumps({"messages": messages}) for messages in rows), encoding="utf-8")
-    read = [r for _, r in chat_rows.read(path)]
+    read = [r for _, r in chat_rows.read_rows(path)]
     assert told(row("Мой баланс?", CALL), *read) == [
         "2 duplicate: the same row as line 1",
         "3 invisible: turn 3 holds an invisible character: ZERO WIDTH SPACE",
@@ -216,7 +216,7 @@ def test_the_rows_shown_are_a_call_a_general_and_the_longest_or_those_asked_for(
 
 
 def test_the_plan_is_what_training_does(tokenizer):
-    rows = chat_rows.read(ROOT / "examples.json")
+    rows = chat_rows.read_rows(ROOT / "examples.json")
     counts = check.count_tokens(rows, tokenizer)
     numbers, off = check.plan(rows, counts)
     assert off == []
@@ -247,7 +247,7 @@ def test_what_is_off_about_a_plan_is_told():
 def test_dimensions_and_weights_are_the_models_own(tmp_path):
     config = random_gemma_4b.config()
     config.save_pretrained(tmp_path)
-    d = memory_plan.dimensions(json.loads((tmp_path / "config.json").read_text()))
+    d = memory_plan.read_dimensions(json.loads((tmp_path / "config.json").read_text()))
     assert d == memory_plan.GEMMA_3_4B
     assert memory_plan.lora_weights(d, train_qlora.LORA_R) == 29_802_496
     weights = memory_plan.text_weights(d) + memory_plan.plain_weights(d)
@@ -256,7 +256,7 @@ def test_dimensions_and_weights_are_the_models_own(tmp_path):
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     assert weights == sum(p.numel() for p in model.parameters()) - norms
     tiny_config(multimodal=False).save_pretrained(tmp_path)
-    d = memory_plan.dimensions(json.loads((tmp_path / "config.json").read_text()))
+    d = memory_plan.read_dimensions(json.loads((tmp_path / "config.json").read_text()))
     assert (d.layers, d.queries, d.keys) == (2, 64, 32)
 
 
@@ -270,14 +270,14 @@ GRAPHS += [(8, 600, 128, 8.162), (8, 264, 128, 6.439), (8, 128, 64, 5.586), (8, 
 
 @pytest.mark.parametrize(("bits", "tokens", "measured"), CHECKPOINTED)
 def test_the_memory_estimate_is_near_what_was_measured(bits, tokens, measured):
-    estimate = memory_plan.peak(memory_plan.GEMMA_3_4B, bits, 16, tokens, 128) / 2**30
+    estimate = memory_plan.peak_bytes(memory_plan.GEMMA_3_4B, bits, 16, tokens, 128) / 2**30
     assert math.isclose(estimate, measured, rel_tol=0.05)
 
 
 @pytest.mark.parametrize(("bits", "tokens", "trained", "measured"), GRAPHS)
 def test_a_plan_takes_what_it_may_and_no_more(bits, tokens, trained, measured):
     def planned(gib):
-        return memory_plan.plans(memory_plan.GEMMA_3_4B, bits, 16, gib * 2**30, trained, 9)[0].tokens
+        return memory_plan.make_plans(memory_plan.GEMMA_3_4B, bits, 16, gib * 2**30, trained, 9)[0].tokens
 
     assert planned(measured) <= tokens
     assert planned(1.15 * measured) > tokens
@@ -286,13 +286,13 @@ def test_a_plan_takes_what_it_may_and_no_more(bits, tokens, trained, measured):
 def test_a_row_that_no_graph_takes_has_its_memory_beside_the_graphs():
     d = memory_plan.GEMMA_3_4B
     for bits, gib in itertools.product((4, 8), range(3, 40)):
-        least = memory_plan.least(d, bits, 16, 2000, 128)
+        least = memory_plan.least_bytes(d, bits, 16, 2000, 128)
         for budget in (gib * 2**30, gib * 2**30 + 2**29):
-            plans = memory_plan.plans(d, bits, 16, budget, 128, 2000)
+            plans = memory_plan.make_plans(d, bits, 16, budget, 128, 2000)
             assert (max(plans[0][:2]) >= 2000) == (budget >= least)
             for plan in plans[1:]:
                 assert 0 == plans[0].tokens < plan.tokens < plan.checkpointed == 2000 <= plans[0].checkpointed
-                kept = memory_plan.KEPT[bits] * 2 * (d.hidden + d.intermediate) * d.layers
+                kept = memory_plan.ACTIVATION_WIDTHS[bits] * 2 * (d.hidden + d.intermediate) * d.layers
                 logits = memory_plan.BYTES_A_KEPT_LOGIT * d.vocabulary * min(128, plan.tokens)
                 assert least + plan.tokens * kept + logits <= budget
 
@@ -372,7 +372,7 @@ def test_a_model_folder_is_looked_into(tiny_text_model, tmp_path):
 def test_a_wrong_product_of_bitsandbytes_is_refused(monkeypatch, bits):
     import bitsandbytes
 
-    devices.check_product(bits, "cpu", torch.float32)
+    devices.check_quantized_matmul(bits, "cpu", torch.float32)
     if bits == 4:
         right = bitsandbytes.matmul_4bit
         monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *a, **k: right(*a, **k) * 1.1)
@@ -380,7 +380,7 @@ def test_a_wrong_product_of_bitsandbytes_is_refused(monkeypatch, bits):
         right = bitsandbytes.nn.Linear8bitLt.forward
         monkeypatch.setattr(bitsandbytes.nn.Linear8bitLt, "forward", lambda self, x: right(self, x) * 1.2)
     with pytest.raises(UserError, match=f"multiplies wrongly in {bits} bits"):
-        devices.check_product(bits, "cpu", torch.float32)
+        devices.check_quantized_matmul(bits, "cpu", torch.float32)
 
 
 # ------------------------------------------------------------------------------------------- command

@@ -23,7 +23,7 @@ from tuner.system.errors import UserError
 from tuner.training import adapter_folder, adapter_weights
 
 ROOT = Path(__file__).resolve().parents[2]
-CALL = tool_call.write("get_sensitive_data", {})
+CALL = tool_call.format_call("get_sensitive_data", {})
 
 
 def given(text, ended=True):
@@ -42,8 +42,8 @@ def given(text, ended=True):
         (CALL + " ", True, "malformed"),
         ("Вот: " + CALL, True, "malformed"),
         (CALL + CALL, True, "malformed"),
-        (tool_call.write("get_data", {}), True, "malformed"),
-        (tool_call.write("get_sensitive_data", {"id": 1}), True, "malformed"),
+        (tool_call.format_call("get_data", {}), True, "malformed"),
+        (tool_call.format_call("get_sensitive_data", {"id": 1}), True, "malformed"),
         ('<tool_call name="get_sensitive_data" arguments" arguments="{}"/>', True, "malformed"),
         ("Ваш баланс 100 рублей.", True, "missed"),
         ("", True, "missed"),
@@ -80,7 +80,7 @@ def test_arguments_are_equal_as_json():
 
 def test_the_figures_of_a_table_worked_out_by_hand():
     kinds = ["right"] * 3 + ["missed"] + ["malformed"] * 2 + ["false", "unfit", "right", "right"]
-    figures = judging.figures(kinds, [True] * 6 + [False] * 4)
+    figures = judging.rates(kinds, [True] * 6 + [False] * 4)
     counts = {"needed": 6, "right": 3, "missed": 1, "malformed": 2, "general": 4, "false": 1, "unfit": 1}
     assert {key: figures[key] for key in counts} == counts
     # Six calls were made: three right, two malformed, one false.
@@ -97,21 +97,21 @@ def test_the_figures_of_a_table_worked_out_by_hand():
 def test_the_figures_at_the_edges():
     assert judging.wilson(20, 20) == pytest.approx((0.8389, 1), abs=1e-4)
     assert judging.wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
-    silent = judging.figures(["missed", "right"], [True, False])
+    silent = judging.rates(["missed", "right"], [True, False])
     assert silent["precision"] is None
     assert silent["intervals"]["precision"] == [None, None]
     assert (silent["recall"], silent["f1"], silent["false_call_rate"]) == (0, 0, 0)
-    assert judging.figures([], [])["f1"] is None
+    assert judging.rates([], [])["f1"] is None
 
 
 def test_no_probe_stands_in_the_rows():
     prompts = {
-        chat_text.normalised(row["messages"][0]["content"])
+        chat_text.normalize(row["messages"][0]["content"])
         for path in ("examples.json", "heldout.json")
-        for _, row in chat_rows.read(ROOT / path)
+        for _, row in chat_rows.read_rows(ROOT / path)
     }
     assert [need for _, need in PROBES] == [True] * 4 + [False] * 2
-    assert not {chat_text.normalised(prompt) for prompt, _ in PROBES} & prompts
+    assert not {chat_text.normalize(prompt) for prompt, _ in PROBES} & prompts
 
 
 def test_a_row_whose_call_cannot_be_read_is_an_error_with_its_line():
@@ -134,19 +134,19 @@ def conversations(*prompts):
 
 
 def test_a_batch_answers_as_one_at_a_time_and_stops_on_every_end_token(adapter, monkeypatch):
-    model, tokenizer, _ = generation.load(adapter, None)
+    model, tokenizer, _ = generation.load_tuned(adapter, None)
     asked = conversations("Привет", "Какой у меня остаток на счёте? " * 3, "a", "Сколько будет 2 и 2")
     asked[2] = [*asked[2], {"role": "assistant", "content": "b"}, {"role": "user", "content": "c" * 50}]
-    batch = generation.answer(model, tokenizer, asked)
-    assert batch == [generation.answer(model, tokenizer, [one])[0] for one in asked]
+    batch = generation.answer_all(model, tokenizer, asked)
+    assert batch == [generation.answer_all(model, tokenizer, [one])[0] for one in asked]
     monkeypatch.setattr(generation, "TOKENS_PER_BATCH", 200)
-    assert batch == generation.answer(model, tokenizer, asked)
+    assert batch == generation.answer_all(model, tokenizer, asked)
     assert not any(a.ended for a in batch)
     assert {len(a.ids) for a in batch} == {generation.MAX_NEW_TOKENS}
     # Any token that it does write can be made an end token, and then the answer stops there.
     end = batch[0].ids[5]
     model.generation_config.eos_token_id = [1, end]
-    stopped = generation.answer(model, tokenizer, asked[:1])[0]
+    stopped = generation.answer_all(model, tokenizer, asked[:1])[0]
     assert stopped.ended
     assert stopped.ids == batch[0].ids[: batch[0].ids.index(end)]
     assert stopped.text == tokenizer.decode(stopped.ids)
@@ -155,13 +155,13 @@ def test_a_batch_answers_as_one_at_a_time_and_stops_on_every_end_token(adapter, 
 def test_the_base_is_the_model_with_the_adapter_off(adapter, tiny_text_model):
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer, _ = generation.load(adapter, None)
+    model, tokenizer, _ = generation.load_tuned(adapter, None)
     asked = conversations("Привет")
-    tuned = generation.answer(model, tokenizer, asked)
+    tuned = generation.answer_all(model, tokenizer, asked)
     with model.disable_adapter():
-        base = generation.answer(model, tokenizer, asked)
+        base = generation.answer_all(model, tokenizer, asked)
     plain = AutoModelForCausalLM.from_pretrained(tiny_text_model, dtype=torch.float32)
-    assert base == generation.answer(plain, tokenizer, asked) != tuned
+    assert base == generation.answer_all(plain, tokenizer, asked) != tuned
 
 
 def test_the_vision_tower_is_not_loaded_and_nothing_warns_of_that(tmp_path, recwarn):
@@ -169,30 +169,30 @@ def test_the_vision_tower_is_not_loaded_and_nothing_warns_of_that(tmp_path, recw
 
     base = write_tiny_model(tmp_path / "base", multimodal=True)
     folder = write_tiny_adapter(tmp_path / "qlora_output", base)
-    model, tokenizer, _ = generation.load(folder, None)
+    model, tokenizer, _ = generation.load_tuned(folder, None)
     assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
     assert not any("vision_tower" in name and ".layers." in name for name, _ in model.named_parameters())
-    whole = loading.load_model(base, None, "cpu", torch.float32)
+    whole = loading.load_base(base, None, "cpu", torch.float32)
     whole = PeftModel.from_pretrained(whole, folder).eval()
     assert any("vision_tower" in name and ".layers." in name for name, _ in whole.named_parameters())
     asked = conversations("Привет", "Какой у меня остаток на счёте?")
-    tuned = generation.answer(model, tokenizer, asked)
-    assert tuned == generation.answer(whole, tokenizer, asked)
+    tuned = generation.answer_all(model, tokenizer, asked)
+    assert tuned == generation.answer_all(whole, tokenizer, asked)
     with model.disable_adapter():
-        assert tuned != generation.answer(model, tokenizer, asked)
+        assert tuned != generation.answer_all(model, tokenizer, asked)
 
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_what_decodes_on_a_gpu_answers_as_transformers_does(adapter, monkeypatch, bits):
-    model, tokenizer, _ = generation.load(adapter, bits)
+    model, tokenizer, _ = generation.load_tuned(adapter, bits)
     asked = conversations("Привет", "Какой у меня остаток на счёте? " * 3, "a", "Сколько будет 2 и 2")
     assert model.config.sliding_window < generation.MAX_NEW_TOKENS
-    model.generation_config.eos_token_id = [1, generation.answer(model, tokenizer, asked[:1])[0].ids[5]]
+    model.generation_config.eos_token_id = [1, generation.answer_all(model, tokenizer, asked[:1])[0].ids[5]]
 
     def answers(prompts):
-        tuned = generation.answer(model, tokenizer, prompts)
+        tuned = generation.answer_all(model, tokenizer, prompts)
         with model.disable_adapter():
-            return tuned, generation.answer(model, tokenizer, prompts)
+            return tuned, generation.answer_all(model, tokenizer, prompts)
 
     batch, one = answers(asked), answers(asked[:1])
     monkeypatch.setattr(generation, "FAST_ON", "cpu")
@@ -207,7 +207,7 @@ def test_what_decodes_on_a_gpu_answers_as_transformers_does(adapter, monkeypatch
 def test_batches_hold_every_prompt_once_within_their_tokens(monkeypatch):
     monkeypatch.setattr(generation, "TOKENS_PER_BATCH", 3 * (20 + generation.MAX_NEW_TOKENS))
     prompts = [[0] * length for length in (5, 20, 7, 19, 3, 500, 20)]
-    work = generation.cut(prompts)
+    work = generation.split_batches(prompts)
     assert sorted(i for batch in work for i in batch) == list(range(7))
     for batch in work:
         longest = max(len(prompts[i]) for i in batch)
@@ -230,7 +230,7 @@ def run(adapter, data, **more):
 def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
-    rows = [row for _, row in chat_rows.read(ROOT / "heldout.json")][:4]
+    rows = [row for _, row in chat_rows.read_rows(ROOT / "heldout.json")][:4]
     rows.append({"messages": [*rows[1]["messages"], *rows[0]["messages"]]})
     Path("mine.json").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     seen = [chat_text.fingerprint(rows[3]["messages"][:-1])]
@@ -239,7 +239,7 @@ def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, capsys, mon
     said = {"tuned": [given(CALL)] * 4 + [given("Это \x1b[31mсумма.")] * 2 + [given(CALL)] * 2}
     said["tuned"] += [given("Нет.")] * 3
     said["base"] = [given("не знаю, " * 30, False)] * 11
-    monkeypatch.setattr(generation, "answer", lambda model, tokenizer, asked, title: said[title.strip()])
+    monkeypatch.setattr(generation, "answer_all", lambda model, tokenizer, asked, title: said[title.strip()])
 
     assert run(adapter, "mine.json", json="report.json") == 0
     output = capsys.readouterr().out
@@ -276,12 +276,12 @@ def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, capsys, mon
 
 
 def test_colour_only_on_a_terminal_that_wants_it(monkeypatch):
-    assert console.paint("pass", 32) == "pass"
+    assert console.colorize("pass", 32) == "pass"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert console.paint("pass", 32) == "\x1b[32mpass\x1b[0m"
+    assert console.colorize("pass", 32) == "\x1b[32mpass\x1b[0m"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert console.paint("pass", 32) == "pass"
+    assert console.colorize("pass", 32) == "pass"
 
 
 # ---------------------------------------------------------------------------------- damaged adapters
@@ -346,22 +346,22 @@ def test_a_damaged_adapter_is_refused_in_one_line(adapter, tiny_text_model, tmp_
     harm, says = DAMAGES[damage]
     harm(copy)
     with pytest.raises(UserError) as error:
-        adapter_weights.check_weights(copy, tiny_text_model, "1111")
+        adapter_weights.check_adapter(copy, tiny_text_model, "1111")
     assert says in str(error.value)
     assert "\n" not in str(error.value)
     assert "train again: python train_qlora.py" in str(error.value) or damage == "no folder"
 
 
 def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, tiny_text_model):
-    adapter_weights.check_weights(adapter, tiny_text_model, "1111")
+    adapter_weights.check_adapter(adapter, tiny_text_model, "1111")
     wide = write_tiny_model(tmp_path / "wide", hidden_size=96)
     with pytest.raises(
         UserError, match=r"was trained on another base: .*lora_[AB].weight is 64 wide, in .* 96"
     ):
-        adapter_weights.check_weights(adapter, wide, None)
+        adapter_weights.check_adapter(adapter, wide, None)
     deep = write_tiny_adapter(tmp_path / "deep", write_tiny_model(tmp_path / "deep base", layers=3))
     with pytest.raises(UserError, match=r"was trained on another base: .* has no place for .*layers\.2\."):
-        adapter_weights.check_weights(deep, tiny_text_model, None)
+        adapter_weights.check_adapter(deep, tiny_text_model, None)
 
 
 def test_an_unquantised_model_that_does_not_fit_the_gpu_names_the_bits(adapter, monkeypatch):
@@ -369,9 +369,9 @@ def test_an_unquantised_model_that_does_not_fit_the_gpu_names_the_bits(adapter, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (10**5, 10**9))
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"unquantised needs .* 0\.0 are free .* --bits 4"):
-        generation.load(adapter, None)
+        generation.load_tuned(adapter, None)
 
 
 def command(*arguments, folder):

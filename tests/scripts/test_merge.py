@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import merge
 from tests.conftest import disk_for, other_writer, tiny_tokenizer, write_tiny_adapter
-from tuner.inference import generation
+from tuner.inference import generation, judging
 from tuner.inference.probes import PROBES
-from tuner.model import folders, judging, loading
+from tuner.model import folders, loading
 from tuner.system import signals
 from tuner.system.errors import UserError
 from tuner.training import merge_proof, model_card
@@ -100,9 +100,12 @@ def test_the_folder_loads_bare_and_without_a_warning_and_answers_as_the_two(adap
     assert not re.sub(r".*Loading weights.*", "", result.stderr).strip()
 
     asked = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
-    both, tokenizer, _ = generation.load(adapter, None)
-    whole = loading.load_model(str(merged), None, "cpu", torch.float32).eval()
-    answers = generation.answer(both, tokenizer, asked[:1]), generation.answer(whole, tokenizer, asked[:1])
+    both, tokenizer, _ = generation.load_tuned(adapter, None)
+    whole = loading.load_base(str(merged), None, "cpu", torch.float32).eval()
+    answers = (
+        generation.answer_all(both, tokenizer, asked[:1]),
+        generation.answer_all(whole, tokenizer, asked[:1]),
+    )
     assert answers[0][0].ids[:10] == answers[1][0].ids[:10]
 
 
@@ -131,7 +134,7 @@ def test_terms_processor_and_the_comparisons_figures_go_along(tmp_path):
     assert sorted(p.name for p in aside.iterdir()) == sorted(
         ["GEMMA_TERMS.html", "NOTICE", "NOTICE.md", "processor_config.json", "preprocessor_config.json"]
     )
-    tuned = judging.figures(["right", "missed", "false", "right"], [True, True, False, False])
+    tuned = judging.rates(["right", "missed", "false", "right"], [True, True, False, False])
     comparison = {"bits": None, "passed": 5, "probes": [{}] * 6, "rows": {"tuned": tuned}}
     card = model_card.model_card("google/gemma-3-4b-it", None, {}, comparison)
     assert "- probes passed, base unquantised: 5 of 6\n" in card
@@ -296,7 +299,7 @@ def merge_for_ever(adapter, output):
         while True:  # a single long sleep would not notice a signal that came just before it
             time.sleep(0.01)
 
-    signals.leave_on_signals()
+    signals.exit_on_signals()
     merge_proof.prove_weights = work
     merge_in_a_process(adapter, output)
 

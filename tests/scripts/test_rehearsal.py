@@ -51,7 +51,7 @@ def test_the_labels_of_real_rows_token_by_token(rehearsed):
 
     folder, _, _ = rehearsed
     tokenizer = AutoTokenizer.from_pretrained(folder / "gemma-3-270m")
-    rows = [row for _, row in chat_rows.read(folder / "examples.json")]
+    rows = [row for _, row in chat_rows.read_rows(folder / "examples.json")]
     examples = train_qlora.tokenise_rows(folder / "examples.json", rows, tokenizer)
     for row, ids, labels in zip(rows, examples["input_ids"], examples["labels"], strict=True):
         # The same tokens, worked out piece by piece from Gemma's ids and the plain texts.
@@ -118,9 +118,9 @@ def test_tuned_passes_the_probes_and_the_base_fails_those_that_need_a_call(repor
 def test_one_probe_at_a_time_is_answered_as_in_the_batch(rehearsed, report, monkeypatch):
     folder, _, _ = rehearsed
     monkeypatch.chdir(folder)
-    model, tokenizer, _ = generation.load("qlora_output", None)
+    model, tokenizer, _ = generation.load_tuned("qlora_output", None)
     for probe in report["probes"]:
-        single = generation.answer(model, tokenizer, [[{"role": "user", "content": probe["prompt"]}]])[0]
+        single = generation.answer_all(model, tokenizer, [[{"role": "user", "content": probe["prompt"]}]])[0]
         assert single.text == probe["tuned"]
 
 
@@ -150,7 +150,7 @@ for prompt in {[prompt for prompt, _ in PROBES]}:
     assert result.returncode == 0, result.stderr
     assert not [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
     for line, (_, needs_call) in zip(result.stdout.splitlines(), PROBES, strict=True):
-        assert tool_call.trace(line) == needs_call
+        assert tool_call.looks_like_call(line) == needs_call
     card = (merged / "README.md").read_text(encoding="utf-8")
     assert "probes passed, base unquantised: 6 of 6" in card
     assert "Gemma Terms of Use" in (merged / "NOTICE").read_text()

@@ -119,7 +119,7 @@ def test_labels_of_calls_and_results(tokenizer, tmp_path):
     rows = train_qlora.load_data(path)
     shaped, plain = train_qlora.tokenise_rows(path, rows, tokenizer)
     assert shaped == plain
-    prompts = [chat_text.fingerprints(row["messages"]) for row in rows]
+    prompts = [chat_text.answer_fingerprints(row["messages"]) for row in rows]
     assert prompts[0] == prompts[1] == [chat_text.fingerprint(text[:1]), chat_text.fingerprint(text[:3])]
 
 
@@ -147,7 +147,7 @@ def test_every_shipped_row_trains_its_answer_and_nothing_else(rows, examples, to
 
 def test_pads_are_masked_and_never_the_end_token(examples):
     few = sorted(examples, key=lambda e: len(e["input_ids"]))[:3]
-    ids, mask, labels = collate.pad(few, 0, "cpu")
+    ids, mask, labels = collate.collate_padded(few, 0, "cpu")
     assert ids.shape == mask.shape == labels.shape == (3, len(few[2]["input_ids"]))
     for row, example in enumerate(few):
         length = len(example["input_ids"])
@@ -158,7 +158,7 @@ def test_pads_are_masked_and_never_the_end_token(examples):
 
 def test_where_the_end_token_pads_its_labels_are_kept():
     example = {"input_ids": [2, 7, 1], "attention_mask": [1, 1, 1], "labels": [-100, 7, 1]}
-    ids, mask, labels = collate.pad([example, {k: v * 2 for k, v in example.items()}], 1, "cpu")
+    ids, mask, labels = collate.collate_padded([example, {k: v * 2 for k, v in example.items()}], 1, "cpu")
     assert ids[0].tolist() == [2, 7, 1, 1, 1, 1]
     assert mask[0].tolist() == [1, 1, 1, 0, 0, 0]
     assert labels[0].tolist() == [-100, 7, 1, -100, -100, -100]
@@ -278,7 +278,7 @@ def test_a_set_too_small_to_split_is_all_trained(count):
 
 def loaded(folder, bits=4, lora=True):
     torch.manual_seed(train_qlora.SEED)
-    model = loading.load_model(folder, bits, "cpu", torch.float32)
+    model = loading.load_base(folder, bits, "cpu", torch.float32)
     return train_qlora.add_lora(model) if lora else model
 
 
@@ -321,14 +321,14 @@ def test_quantised_frozen_and_lora_on_the_text_model_alone(tiny_model, bits):
 
 
 def test_the_embedding_is_not_cast(tiny_model):
-    model = train_qlora.add_lora(loading.load_model(tiny_model, 4, "cpu", torch.bfloat16))
+    model = train_qlora.add_lora(loading.load_base(tiny_model, 4, "cpu", torch.bfloat16))
     assert model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
 
 
 def test_without_the_vision_towers_layers_the_adapter_is_the_whole_models(tiny_model, tmp_path):
     from peft import PeftModel
 
-    models = [loading.load_model(tiny_model, 4, "cpu", torch.float32, vision=v) for v in (True, False)]
+    models = [loading.load_base(tiny_model, 4, "cpu", torch.float32, vision=v) for v in (True, False)]
     layers = [sum("vision" in name and ".layers." in name for name, _ in m.named_modules()) for m in models]
     if "multimodal" in str(tiny_model):
         assert layers[0] > 0
@@ -347,12 +347,12 @@ def test_without_the_vision_towers_layers_the_adapter_is_the_whole_models(tiny_m
 def test_weights_in_one_are_the_models_own_and_so_are_their_gradients(tiny_text_model, examples):
     apart, together = (awake(loaded(tiny_text_model)).eval() for _ in range(2))
     parameters = [p for p in together.parameters() if p.requires_grad]
-    whole = flat_weights.in_one(parameters)
+    whole = flat_weights.flatten_parameters(parameters)
     assert whole.numel() == sum(p.numel() for p in parameters)
     for model in (apart, together):
         train_qlora.add_gradients(model, examples[:4], 0, CPU)
     assert torch.equal(whole.grad, gradient(apart))
-    copies = flat_weights.on_the_cpu(dict(enumerate(parameters)), whole)
+    copies = flat_weights.copy_to_cpu(dict(enumerate(parameters)), whole)
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         whole.add_(1)
@@ -414,9 +414,9 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_text_model, tmp_path):
 
 def test_loss_and_guesses_are_those_of_the_whole_models_logits(tiny_model, examples):
     model = awake(loaded(tiny_model)).eval()
-    ids, mask, labels = collate.pad(examples[:5], 0, "cpu")
+    ids, mask, labels = collate.collate_padded(examples[:5], 0, "cpu")
     with torch.no_grad():
-        loss, guesses = loss_functions.losses_and_guesses(model, (ids, mask, labels))
+        loss, guesses = loss_functions.loss_and_predictions(model, (ids, mask, labels))
         logits = model(input_ids=ids, attention_mask=mask, token_type_ids=torch.zeros_like(ids)).logits
     want = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
@@ -505,13 +505,13 @@ def test_an_evaluation_changes_nothing_about_the_training_after_it(tiny_model, e
 def test_an_evaluation_does_without_the_attention_that_is_compiled_for_each_shape(
     tiny_text_model, examples, monkeypatch
 ):
-    real, allowed = loss_functions.losses_and_guesses, []
+    real, allowed = loss_functions.loss_and_predictions, []
 
     def losses_and_guesses(*args):
         allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
         return real(*args)
 
-    monkeypatch.setattr(loss_functions, "losses_and_guesses", losses_and_guesses)
+    monkeypatch.setattr(loss_functions, "loss_and_predictions", losses_and_guesses)
     train_qlora.evaluate(loaded(tiny_text_model, 4), examples[:4], [True, False] * 2, 5, 0, CPU)
     assert allowed == [False]
     assert torch.backends.cuda.cudnn_sdp_enabled()
@@ -558,7 +558,7 @@ def test_rows_decided_right_are_counted_as_a_reader_would(monkeypatch):
 
     order = [id(e) for e in examples]
     by_id = {id(e): e for e in examples}
-    monkeypatch.setattr(loss_functions, "losses_and_guesses", fake)
+    monkeypatch.setattr(loss_functions, "loss_and_predictions", fake)
     model = torch.nn.Linear(1, 1)
     loss, right = train_qlora.evaluate(model, examples, [r[2] for r in rows], call, 0, CPU)
     assert right == sum(r[3] for r in rows)
@@ -996,8 +996,8 @@ def test_too_little_disk_and_a_full_gpu_are_one_line(monkeypatch, tmp_path, caps
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(UserError, match=r"0.10 GB of free disk, the run may need 1.5"):
-            adapter_folder.check("out", resume=False)
-        adapter_folder.check("out", resume=True)
+            adapter_folder.check_output("out", resume=False)
+        adapter_folder.check_output("out", resume=True)
 
     def full(args):
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -41,7 +41,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def plain(tiny_text_model):
     """(model, tokenizer) of random weights."""
-    return generation.load_folder(tiny_text_model, "tiny", None)
+    return generation.load_model(tiny_text_model, "tiny", None)
 
 
 @pytest.fixture(scope="module")
@@ -157,11 +157,11 @@ def run_parts(pieces, tools=TOOLS):
 
     async def collect():
         queue = asyncio.Queue()
-        for piece in [*pieces, chat_completions.End("stop", 1)]:
+        for piece in [*pieces, chat_completions.Finish("stop", 1)]:
             queue.put_nowait(piece)
-        asked = chat_completions.Asked(messages=[], tools=tools)
-        job = chat_completions.Job("tuned", asked, [], 1, queue, threading.Event())
-        return [part async for part in chat_completions.parts(job)]
+        asked = chat_completions.ChatCompletionRequest(messages=[], tools=tools)
+        job = chat_completions.Generation("tuned", asked, [], 1, queue, threading.Event())
+        return [part async for part in chat_completions.answer_parts(job)]
 
     return asyncio.run(collect())
 
@@ -230,7 +230,7 @@ def test_the_prompt_is_what_the_template_gives_of_calls_and_results(plain, monke
 
 def test_the_true_generation_is_compares_word_for_word_whole_and_streamed(plain):
     prompts = ["Привет", "Какой у меня остаток на счёте?", "a" * 60]
-    wanted = generation.answer(*plain, [[{"role": "user", "content": prompt}] for prompt in prompts])
+    wanted = generation.answer_all(*plain, [[{"role": "user", "content": prompt}] for prompt in prompts])
     with serving(plain) as server:
         for prompt, answer in zip(prompts, wanted, strict=True):
             given = ask(server, prompt, max_tokens=generation.MAX_NEW_TOKENS)
@@ -243,7 +243,7 @@ def test_the_true_generation_is_compares_word_for_word_whole_and_streamed(plain)
 
 def test_the_end_token_ends_an_answer_and_is_not_in_it(plain):
     model, tokenizer = plain
-    whole = generation.answer(model, tokenizer, [[{"role": "user", "content": "Привет"}]])[0]
+    whole = generation.answer_all(model, tokenizer, [[{"role": "user", "content": "Привет"}]])[0]
     before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, [1, whole.ids[5]]
     try:
         with serving(plain) as server:
@@ -314,7 +314,7 @@ def test_stop_strings_end_an_answer_before_them(echoing, stop, said):
 def test_a_stop_string_is_never_said_and_nothing_else_is_lost(text, stops):
     said = held = ""
     for letter in text:
-        new, held, stopped = chat_completions.until_stop(held + letter, stops)
+        new, held, stopped = chat_completions.split_at_stop(held + letter, stops)
         said += new
         if stopped:
             break
@@ -793,8 +793,8 @@ def command(*given, env=None):
 
 def test_base_and_adapter_answer_as_compare_has_them_answer(adapter, tiny_text_model):
     asked = [{"role": "user", "content": "Привет"}]
-    wanted = {"tuned": generation.answer(*generation.load(adapter, None)[:2], [asked])[0].text}
-    wanted["base"] = generation.answer(*generation.load_folder(tiny_text_model, "tiny", None), [asked])[
+    wanted = {"tuned": generation.answer_all(*generation.load_tuned(adapter, None)[:2], [asked])[0].text}
+    wanted["base"] = generation.answer_all(*generation.load_model(tiny_text_model, "tiny", None), [asked])[
         0
     ].text
     with command("--adapter", adapter) as (_, server):

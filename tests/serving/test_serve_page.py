@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import contrast
 from tests.support.echo_server import CALL, ORDER, eventually, serving
-from tuner.data.tool_call import write
+from tuner.data.tool_call import format_call
 from tuner.inference import generation
 from tuner.inference.probes import PROBES
 
@@ -137,7 +137,7 @@ def test_what_a_model_writes_is_only_text(visit, hostile):
     page.get_by_text(", text").nth(1).wait_for()
     assert page.locator(".answer").all_inner_texts() == [hostile] * 2
     assert page.locator("*").count() == before
-    page.locator("#question").fill(write("f", {"a": hostile}))
+    page.locator("#question").fill(format_call("f", {"a": hostile}))
     page.keyboard.press("Enter")
     page.get_by_text("a call").nth(1).wait_for()
     assert [hostile in text for text in page.locator("code").all_inner_texts()] == [True, True]
@@ -225,7 +225,7 @@ def test_a_phone_scrolls_only_downwards(visit):
     page.locator("#question").fill("Ж" * 70)
     page.keyboard.press("Enter")
     assert columns(page, ["71 tokens, text"] * 2) == ["Ж" * 70] * 2
-    page.locator("#question").fill(write("f", {"a": "Ж" * 20}))
+    page.locator("#question").fill(format_call("f", {"a": "Ж" * 20}))
     page.keyboard.press("Enter")
     page.get_by_text("a call").nth(1).wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") == 360

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tuner.data.tool_call import write
+from tuner.data.tool_call import format_call
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.vllm
-CALL = write("get_sensitive_data", {})
-ORDER = write("get_order", {"номер": 5, "note": 'a "b" <c>'})
+CALL = format_call("get_sensitive_data", {})
+ORDER = format_call("get_order", {"номер": 5, "note": 'a "b" <c>'})
 TOOLS = [{"type": "function", "function": {"name": "get_sensitive_data", "parameters": {"type": "object"}}}]
 
 

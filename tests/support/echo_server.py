@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import torch
 
-from tuner.data.tool_call import write
+from tuner.data.tool_call import format_call
 from tuner.inference import generation
 from tuner.serving import http_server
 
-CALL = write("get_sensitive_data", {})
-ORDER = write("get_order", {"номер": 5, "note": 'a "b" <c>'})
+CALL = format_call("get_sensitive_data", {})
+ORDER = format_call("get_order", {"номер": 5, "note": 'a "b" <c>'})
 START, END = 105, 106  # of a turn
 
 
@@ -25,7 +25,7 @@ def echo(folder):
 
     model.delay: seconds that a token takes.
     """
-    model, tokenizer = generation.load_folder(folder, "tiny", None)
+    model, tokenizer = generation.load_model(folder, "tiny", None)
     script = []
 
     def say(module, args, kwargs, output):

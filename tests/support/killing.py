@@ -129,7 +129,7 @@ def main():
         chance = random.Random(f"{seed} {number}")
         moment = killed_run(again, chance, number % 2 == 0, seconds, operations)
         left = sorted({path.name for path in Path(output).rglob("*") if path.is_dir()})
-        found = checkpoints.places(output)
+        found = checkpoints.checkpoint_dirs(output)
         code = ended(start([*again, "--resume"], "log"))
         log = Path("log").read_text()
         if not found:

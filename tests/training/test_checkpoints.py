@@ -145,7 +145,7 @@ def test_a_manifest_says_what_is_in_it_and_of_which_run(whole, few_rows):
 
 
 def test_a_checkpoint_is_an_adapter_that_loads(whole, tiny_text_model):
-    adapter_weights.check_weights(whole / "checkpoints/step-000006", tiny_text_model, None)
+    adapter_weights.check_adapter(whole / "checkpoints/step-000006", tiny_text_model, None)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "adapter_model.safetensors", "optimizer.pt"])
@@ -195,7 +195,7 @@ def test_an_optimizer_that_would_run_code_is_not_unpickled(arguments, stopped, t
             return (Path(tmp_path / "pwned").write_text, ("ha",))
 
     folder, _, _ = stopped
-    place = checkpoints.places(folder / "qlora_output")[0]
+    place = checkpoints.checkpoint_dirs(folder / "qlora_output")[0]
     (place / "optimizer.pt").write_bytes(pickle.dumps({"optimizer": Evil()}, protocol=2))
     manifest = json.loads((place / "manifest.json").read_text())
     manifest["sha256"]["optimizer.pt"] = hashlib.sha256((place / "optimizer.pt").read_bytes()).hexdigest()
@@ -254,7 +254,7 @@ def test_stopped_three_times_over_it_ends_with_the_same_adapter(arguments, whole
 
 
 def test_an_evaluation_is_broken_off_and_made_up_for(arguments, monkeypatch, tmp_path):
-    real = loss_functions.losses_and_guesses
+    real = loss_functions.loss_and_predictions
 
     def ask_while_evaluating(model, batch, *rest):
         if not model.training:
@@ -266,7 +266,7 @@ def test_an_evaluation_is_broken_off_and_made_up_for(arguments, monkeypatch, tmp
 
     def evaluate(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(loss_functions, "losses_and_guesses", ask_while_evaluating)
+            patch.setattr(loss_functions, "loss_and_predictions", ask_while_evaluating)
             return real_evaluate(*args)
 
     with monkeypatch.context() as patch:
@@ -439,8 +439,8 @@ def test_ctrl_c_of_a_pipe_whose_reader_it_ends_too(arguments, tmp_path):
     while b"epoch" not in printed:
         printed += os.read(reader, 1000)
     os.close(reader)
-    step = checkpoints.places(tmp_path / "qlora_output")
-    wait_for(lambda: checkpoints.places(tmp_path / "qlora_output")[:1] > step)  # it goes on unread
+    step = checkpoints.checkpoint_dirs(tmp_path / "qlora_output")
+    wait_for(lambda: checkpoints.checkpoint_dirs(tmp_path / "qlora_output")[:1] > step)  # it goes on unread
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     assert checkpoints.newest(tmp_path / "qlora_output", pytest.fail)
@@ -476,7 +476,7 @@ def test_a_second_ctrl_c_leaves_at_once(arguments, tmp_path):
 def test_what_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
-        with signals.asked_to_stop() as asked:
+        with signals.stop_requests() as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not asked
             os.kill(os.getpid(), signal.SIGTERM)
@@ -492,7 +492,7 @@ def test_what_is_ignored_stays_ignored():
 @contextmanager
 def memory_for(monkeypatch, tokens):
     """Has a micro-batch of more tokens run out of memory, as torch says it."""
-    real = loss_functions.losses_and_guesses
+    real = loss_functions.loss_and_predictions
 
     def limited(model, batch, *rest):
         if batch[0].numel() > tokens:
@@ -500,7 +500,7 @@ def memory_for(monkeypatch, tokens):
         return real(model, batch, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loss_functions, "losses_and_guesses", limited)
+        patch.setattr(loss_functions, "loss_and_predictions", limited)
         yield
 
 
@@ -534,7 +534,7 @@ def test_the_gradient_of_a_step_done_again_is_not_added_twice(
     model = loaded(tiny_text_model).eval()
     train_qlora.add_gradients(model, examples, 0, CPU)
     want = gradient(model)
-    real, calls = loss_functions.losses_and_guesses, []
+    real, calls = loss_functions.loss_and_predictions, []
 
     def second_is_too_much(model, batch, *rest):
         calls.append(batch[0].shape)
@@ -542,7 +542,7 @@ def test_the_gradient_of_a_step_done_again_is_not_added_twice(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(model, batch, *rest)
 
-    monkeypatch.setattr(loss_functions, "losses_and_guesses", second_is_too_much)
+    monkeypatch.setattr(loss_functions, "loss_and_predictions", second_is_too_much)
 
     def work(tokens):
         model.zero_grad()
@@ -594,14 +594,14 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(
 def test_an_adapter_that_cannot_be_written_is_told_with_the_amount_and_resumed(
     arguments, whole, monkeypatch, tmp_path
 ):
-    real = adapter_weights.write
+    real = adapter_weights.write_adapter
 
     def write(*args):
         with disk_for(100_000):
             return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_weights, "write", write)
+        patch.setattr(adapter_weights, "write_adapter", write)
         code, _, errors = typed(*arguments, folder=tmp_path)
     assert code == 1
     assert re.search(
@@ -667,7 +667,7 @@ def test_a_loss_that_is_not_finite_or_explodes_stops_and_the_last_checkpoint_sta
     assert all(
         t.isfinite().all()
         for t in load_file(
-            checkpoints.places(tmp_path / "qlora_output")[0] / "adapter_model.safetensors"
+            checkpoints.checkpoint_dirs(tmp_path / "qlora_output")[0] / "adapter_model.safetensors"
         ).values()
     )
 

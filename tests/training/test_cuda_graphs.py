@@ -20,12 +20,12 @@ def row(tokens, trained=1):
 
 def test_packs_hold_every_row_once_and_no_more_than_they_may():
     rows = [row(n) for n in (50, 7, 20, 30, 31, 90, 10, 49)]
-    packs = batching.pack(sorted(rows, key=batching.size, reverse=True), 100)
+    packs = batching.group_packed(sorted(rows, key=batching.length, reverse=True), 100)
     assert sorted(id(r) for pack in packs for r in pack) == sorted(map(id, rows))
-    sizes = [batching.tokens_in(pack) for pack in packs]
+    sizes = [batching.total_tokens(pack) for pack in packs]
     assert max(sizes) <= 100
     assert len(packs) == 3  # 287 tokens: fewer cannot be
-    assert [len(pack) for pack in batching.pack([row(300), row(5)], 100)] == [1, 1]
+    assert [len(pack) for pack in batching.group_packed([row(300), row(5)], 100)] == [1, 1]
 
 
 @pytest.mark.parametrize("sizes", [[520, 540, 560, 600], [49, 40, 30, 56], list(range(20, 2000, 30)), [5]])
@@ -34,15 +34,15 @@ def test_few_lengths_and_more_where_a_long_run_makes_up_for_their_capture(sizes)
         return sum(min(n for n in lengths if n >= size) - size for size in sizes)
 
     for times in (1, 10, 10_000):
-        lengths = cuda_graphs.choose_lengths(sizes * times)
+        lengths = cuda_graphs.choose_length_buckets(sizes * times)
         assert lengths == sorted(set(lengths))
         assert all(length % 8 == 0 for length in lengths)
         assert max(sizes) <= lengths[-1] < max(sizes) + 8 + max(sizes) / 8
         assert len(lengths) <= 16
         for length in lengths[:-1]:
             saved = padding(sizes, [n for n in lengths if n != length]) - padding(sizes, lengths)
-            assert saved * times >= cuda_graphs.CAPTURE
-    assert len(cuda_graphs.choose_lengths(sizes[-5:])) == 1
+            assert saved * times >= cuda_graphs.CAPTURE_COST_TOKENS
+    assert len(cuda_graphs.choose_length_buckets(sizes[-5:])) == 1
     finest = sum(-size % 8 for size in sizes)
     assert padding(sizes, lengths) <= max(0.1 * sum(sizes), finest + 8 * len(sizes))
 
@@ -60,20 +60,20 @@ def examples(tokenizer):
 def test_the_gradient_of_packed_rows_is_that_of_padded_ones(
     tiny_model, examples, monkeypatch, bits, tokens, short
 ):
-    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(attention, "MAX_EXPLICIT_ATTENTION", short)
     model = awake(loaded(tiny_model, bits)).eval()  # no dropout
     want_loss = train_qlora.add_gradients(model, examples, 0, CPU).item()
     want = gradient(model)
     total = batching.trained_tokens(examples)
-    fused.prepare(model)
-    attend, attended = transformers.AttentionInterface()[attention.ATTENTION], []
+    fused.fuse_layers(model)
+    attend, attended = transformers.AttentionInterface()[attention.PACKED_ATTENTION], []
     transformers.AttentionInterface.register(
-        attention.ATTENTION, lambda *args, **settings: attended.append(1) or attend(*args, **settings)
+        attention.PACKED_ATTENTION, lambda *args, **settings: attended.append(1) or attend(*args, **settings)
     )
     loss, entropy = 0.0, loss_functions.make_cross_entropy(100)
-    for pack in memory_plan.cut(examples, tokens, CPU)[0]:
-        length = 8 * -(-batching.tokens_in(pack) // 8) + 8  # some padding
-        batch = collate.tensors(pack, length, batching.trained_tokens(pack) + 3, 0)
+    for pack in memory_plan.split_packs(examples, tokens, CPU)[0]:
+        length = 8 * -(-batching.total_tokens(pack) // 8) + 8  # some padding
+        batch = collate.collate_packed(pack, length, batching.trained_tokens(pack) + 3, 0)
         part = loss_functions.packed_loss(model, batch, entropy) / total
         part.backward()
         loss += part.item()
@@ -87,9 +87,9 @@ def test_the_gradient_of_packed_rows_is_that_of_padded_ones(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_gradient_with_dropout_is_how_the_loss_changes(tiny_text_model, examples, bits):
     model = awake(loaded(tiny_text_model, bits)).train()
-    fused.prepare(model)
-    weights = flat_weights.in_one([p for p in model.parameters() if p.requires_grad])
-    batch = collate.tensors(examples[:4], 8 * -(-batching.tokens_in(examples[:4]) // 8), 80, 0)
+    fused.fuse_layers(model)
+    weights = flat_weights.flatten_parameters([p for p in model.parameters() if p.requires_grad])
+    batch = collate.collate_packed(examples[:4], 8 * -(-batching.total_tokens(examples[:4]) // 8), 80, 0)
 
     def loss():
         torch.manual_seed(5)
@@ -109,8 +109,8 @@ def test_the_gradient_with_dropout_is_how_the_loss_changes(tiny_text_model, exam
 
 
 def test_attention_and_its_gradients_are_torchs():
-    attention.add_attention()
-    attend = transformers.AttentionInterface()[attention.ATTENTION]
+    attention.register_packed_attention()
+    attend = transformers.AttentionInterface()[attention.PACKED_ATTENTION]
     torch.manual_seed(0)
     given = [torch.randn(1, n, 24, 16, requires_grad=True) for n in (6, 2, 2)]
     mask = torch.zeros(1, 1, 24, 24).masked_fill_(torch.ones(24, 24).triu(1).bool(), torch.finfo().min)
@@ -141,9 +141,9 @@ def test_long_rows_and_other_processes_rows(tiny_text_model, examples):
     both = []
     for process in (0, 1):
         state.process_index = process
-        packs, long = memory_plan.cut(examples, 100, state)
+        packs, long = memory_plan.split_packs(examples, 100, state)
         assert all(len(e["input_ids"]) > 100 for e in long)
-        assert all(batching.tokens_in(pack) <= 100 for pack in packs)
+        assert all(batching.total_tokens(pack) <= 100 for pack in packs)
         both += [e for pack in packs for e in pack] + long
     assert sorted(map(id, both)) == sorted(map(id, examples))
 
@@ -152,13 +152,13 @@ def test_the_quickest_plan_is_that_of_the_fewest_launches():
     d = memory_plan.GEMMA_3_4B
 
     def planned(gib, steps, bits=4):
-        plans = memory_plan.plans(d, bits, 16, gib * 2**30, 128, max(map(max, steps)))
-        return memory_plan.quickest(plans, steps, bits, CPU)
+        plans = memory_plan.make_plans(d, bits, 16, gib * 2**30, 128, max(map(max, steps)))
+        return memory_plan.quickest_plan(plans, steps, bits, CPU)
 
     mixed = [list(range(60, 200, 9))] * 4
     assert planned(20, mixed).tokens > 199
     for gib in (4.0, 4.1, 4.5, 4.9):  # graphs beside which each longer row would go alone
         assert planned(gib, mixed).tokens == 0
-    seconds = [memory_plan.seconds(planned(gib / 50, mixed), mixed, 4, CPU) for gib in range(180, 500)]
+    seconds = [memory_plan.plan_seconds(planned(gib / 50, mixed), mixed, 4, CPU) for gib in range(180, 500)]
     assert seconds == sorted(seconds, reverse=True)  # more memory, never slower
     assert 0 < planned(4.7, [[30] * 16] * 9 + [[30] * 15 + [220]]).tokens < 220  # one long row

@@ -249,13 +249,13 @@ def test_compare_answers_from_the_gpu(folder, adapter, bits):
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monkeypatch, bits):
     adapter = write_tiny_adapter(tmp_path / "adapter", write_tiny_model(tmp_path / "base"))
-    model, tokenizer, _ = generation.load(adapter, bits)
+    model, tokenizer, _ = generation.load_tuned(adapter, bits)
     asked = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
 
     def answers():
-        tuned = generation.answer(model, tokenizer, asked)
+        tuned = generation.answer_all(model, tokenizer, asked)
         with model.disable_adapter():
-            return [answer.ids for answer in tuned + generation.answer(model, tokenizer, asked)]
+            return [answer.ids for answer in tuned + generation.answer_all(model, tokenizer, asked)]
 
     def gap(number, one, other):
         """How far apart the logits of the tokens are where two answers part, in deviations of all logits."""

@@ -1,24 +1,24 @@
 """Cut a step's rows into micro-batches: padded to their longest, or packed end to end."""
 
 
-def size(row):
+def length(row):
     return len(row["input_ids"])
 
 
-def tokens_in(rows):
-    return sum(map(size, rows))
+def total_tokens(rows):
+    return sum(map(length, rows))
 
 
 def trained_tokens(rows):
     return sum(label != -100 for row in rows for label in row["labels"][1:])
 
 
-def share(rows, state):
+def shard(rows, state):
     """Returns a process's rows of a step, the longest first: dealt out in turn, so all get equal work."""
-    return sorted(rows, key=size, reverse=True)[state.process_index :: state.num_processes]
+    return sorted(rows, key=length, reverse=True)[state.process_index :: state.num_processes]
 
 
-def group(items, length, tokens):
+def group_padded(items, length, tokens):
     """Cuts items, longest first, into lists of at most `tokens` (items × longest); length(item) is in tokens.
 
     An item longer than that is a list of its own.
@@ -32,17 +32,17 @@ def group(items, length, tokens):
     return groups
 
 
-def pack(rows, tokens):
+def group_packed(rows, tokens):
     """Cuts rows, longest first, into lists of at most `tokens` in all, each into the first that has room.
 
     A row longer than that is a list of its own.
     """
     packs, room = [], []
     for row in rows:
-        place = next((i for i, free in enumerate(room) if free >= size(row)), len(packs))
+        place = next((i for i, free in enumerate(room) if free >= length(row)), len(packs))
         if place == len(packs):
             packs.append([])
             room.append(tokens)
         packs[place].append(row)
-        room[place] -= size(row)
+        room[place] -= length(row)
     return packs

@@ -4,7 +4,7 @@ from tuner.data import chat_text, json_lines, row_faults
 from tuner.system.errors import rows_error
 
 
-def as_text(messages, names=None):
+def validate_and_render(messages, names=None):
     """Returns [{"role", "content": str}, …]: messages as the model learns and reads them, calls as text.
 
     An assistant's tool_calls become a tag each (tool_call.write), on lines of their own after its words; the
@@ -17,20 +17,20 @@ def as_text(messages, names=None):
     faults = list(row_faults.conversation_faults(messages, names, strict=False))
     if faults:
         raise ValueError("\n".join(faults))
-    return chat_text.rendered(messages)
+    return chat_text.render_messages(messages)
 
 
-def read(path):
+def read_rows(path):
     """Returns [(line, row), …] of a file: JSON lines or one JSON array, UTF-8 with or without BOM.
 
     A row is {"messages": [{"role", "content": str}, …]}, whatever form it has in the file (see as_text).
     Raises UserError that lists every row in error; a row that is not perfect is never skipped or mended.
     """
     rows, errors = [], []
-    for line, value, fault in json_lines.values(path):
+    for line, value, fault in json_lines.read_values(path):
         faults = [fault] if fault else list(row_faults.faults_of_row(value))
         errors += [(line, text) for text in faults]
-        rows.append((line, faults or {"messages": chat_text.rendered(value["messages"])}))
+        rows.append((line, faults or {"messages": chat_text.render_messages(value["messages"])}))
     if errors:
         raise rows_error(path, errors)
     if not rows:

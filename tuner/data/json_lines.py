@@ -8,7 +8,7 @@ from tuner.system.console import printable
 from tuner.system.errors import rows_error
 
 
-def values(path):
+def read_values(path):
     """Yields (line, value, None) or (line, None, what is wrong) for every value of the file."""
     try:
         data = Path(path).read_bytes()
@@ -90,10 +90,10 @@ _parse = _DECODER.decode
 
 
 def _json_fault(error, cure="mend it, a line is one whole object"):
-    return f"is not valid JSON ({json_reason(error)}); {cure}"
+    return f"is not valid JSON ({describe_json_error(error)}); {cure}"
 
 
-def json_reason(error):
+def describe_json_error(error):
     reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
     if isinstance(error, json.JSONDecodeError):
         place = f"line {error.lineno}, column" if error.lineno > 1 else "column"

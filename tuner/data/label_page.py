@@ -153,7 +153,7 @@ def write(path, title, rows):
     "warnings": [text, …]}; one row at a time is held in memory.
     """
     count = tokens = trained = 0
-    with atomic.written(path) as file:
+    with atomic.open_text(path) as file:
         file.write(HEAD.replace("{title}", escape(title)))
         for row in rows:
             file.write(article(row))

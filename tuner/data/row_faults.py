@@ -31,7 +31,7 @@ def faults_of_row(row):
         if key not in ("messages", "tools"):
             yield f'unknown key "{printable(key)}" beside "messages"; take it out, nothing would read it'
     try:
-        names = names_of(row.get("tools"))
+        names = declared_names(row.get("tools"))
     except ValueError as error:
         yield str(error)
         names = None
@@ -40,7 +40,7 @@ def faults_of_row(row):
         yield f'the last message is from "{last}"; end the row with an "assistant" turn'
 
 
-def names_of(tools):
+def declared_names(tools):
     """Returns the set of names that OpenAI's `tools` declare, None if it is null. Raises ValueError."""
     if tools is None:
         return None
@@ -154,13 +154,13 @@ def _message_faults(message, names, strict):
     elif not isinstance(content, str) and not (calls and content in (None, [])):
         yield f'the content is {_kind(content)}; write a string, or a list of {{"type": "text", "text": …}}'
         return
-    text = chat_text.text_of(message)
+    text = chat_text.message_text(message)
     if not text.strip() and not calls and role != "tool":
         yield "the content is empty; write the text, or leave it out"
     for token in CONTROL_TOKENS:
         if token in text and role != "tool":  # in a result it is escaped
             yield f"the content holds {token}, which the model reads as a control token; take it out"
-    if any(unicodedata.category(c) == "Cs" for c in text + "".join(map(chat_text.tag_of, calls or []))):
+    if any(unicodedata.category(c) == "Cs" for c in text + "".join(map(chat_text.call_tag, calls or []))):
         yield "the content holds half a surrogate pair (\\ud800 to \\udfff); write the character itself"
 
 
@@ -200,9 +200,9 @@ def _calls_faults(calls, names, strict):
             yield f'{at}: the arguments are {_kind(arguments)}; write a JSON object, or "{{}}"'
             continue
         try:
-            chat_text.tag_of(call)
+            chat_text.call_tag(call)
         except (ValueError, RecursionError) as error:
-            reason = json_lines.json_reason(error)
+            reason = json_lines.describe_json_error(error)
             yield f"{at}: the arguments cannot be read ({reason}); write a JSON object, or one in a string"
 
 

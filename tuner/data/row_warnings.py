@@ -29,7 +29,7 @@ TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa
 
 def prompt_of(row):
     """Returns the turns that a row's last answer is asked by, in their plain form."""
-    return "\n".join(chat_text.normalised(m["content"]) for m in row["messages"][:-1])
+    return "\n".join(chat_text.normalize(m["content"]) for m in row["messages"][:-1])
 
 
 def warnings(rows, probes=(), held_out=()):
@@ -49,7 +49,7 @@ def warnings(rows, probes=(), held_out=()):
 def warn_of_prompts(rows, probes, held_out):
     """Yields warnings of prompts that come twice, nearly twice, or that are to judge the tuned model."""
     first, answers = {}, defaultdict(set)
-    judges = {chat_text.normalised(prompt): "a probe of compare.py" for prompt in probes}
+    judges = {chat_text.normalize(prompt): "a probe of compare.py" for prompt in probes}
     judges |= {prompt_of(row): f"line {line} of the held-out rows" for line, row in held_out}
     for line, row in rows:
         prompt, answer = prompt_of(row), row["messages"][-1]["content"]
@@ -137,7 +137,7 @@ def warn_of_calls(rows):
             if message["role"] != "assistant":
                 continue
             text = message["content"].strip()
-            if not tool_call.trace(text):
+            if not tool_call.looks_like_call(text):
                 continue
             call, reason = tool_call.parse(text)
             if call is None:

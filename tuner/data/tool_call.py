@@ -42,7 +42,7 @@ class Call(NamedTuple):
     deviations: tuple[str, ...]  # from the canonical form, in a few words each; () is canonical
 
 
-def read(text, position=0):
+def parse_at(text, position=0):
     """Reads the call that begins exactly at position: (call, end, None), or (None, position, reason).
 
     The reason is INCOMPLETE if more text could make it a call, and never if none could; a character reference
@@ -63,7 +63,7 @@ def parse(text):
     """Returns (call, None) if the whole text, stripped of nothing, is one call, otherwise (None, reason)."""
     opening = OPENING.search(text)
     start = opening.start() if opening else 0
-    call, end, reason = read(text, start)
+    call, end, reason = parse_at(text, start)
     if call and OPENING.search(text, end):
         reason = "several calls"
     elif call and (start, end) != (0, len(text)):
@@ -71,7 +71,7 @@ def parse(text):
     return (None, reason) if reason else (call, None)
 
 
-def split(text, more=False):
+def split_text(text, more=False):
     """Cuts a text into ([what is said (str) or called (Call), …], rest); malformed tags are said.
 
     With `more` to come, rest is the end of the text that it could make a call of, or a longer one: put it
@@ -79,7 +79,7 @@ def split(text, more=False):
     """
     parts, said, start = [], 0, text.find("<")
     while start >= 0:
-        call, end, reason = read(text, start)
+        call, end, reason = parse_at(text, start)
         unclosed = call and "no closing slash" in call.deviations and "closing tag" not in call.deviations
         if more and (reason == INCOMPLETE or (unclosed and CLOSING_TAG.startswith(text[end:]))):
             break
@@ -92,31 +92,31 @@ def split(text, more=False):
     return [part for part in parts if part != ""], text[rest:]
 
 
-def trace(text):
+def looks_like_call(text):
     """Whether the text holds any trace of a call, well-formed or not."""
     return TRACE.search(text) is not None
 
 
-def write(name, arguments):
+def format_call(name, arguments):
     """Returns the canonical text; arguments are a dict, or one written as JSON.
 
     Raises ValueError, or as json.dumps, if it would not be read back.
     """
     if isinstance(arguments, str):
         arguments = _object(arguments)
-    text = tag(name, json.dumps(arguments, ensure_ascii=False))
+    text = format_tag(name, json.dumps(arguments, ensure_ascii=False))
     call, reason = parse(text)
     if call != (name, arguments, ()):  # json.dumps makes lists of tuples, and strings of other keys
         raise ValueError(reason or NO_OBJECT)
     return text
 
 
-def tag(name, source):
+def format_tag(name, source):
     """Returns the tag of a call whose arguments are this text, JSON or not: read tells."""
     return f'<tool_call name="{_attribute(name)}" arguments="{_attribute(source)}"/>'
 
 
-def write_result(name, content):
+def format_result(name, content):
     """Returns <tool_result name="…">…</tool_result>: what a call gave, as the user's side tells the model.
 
     &, < and > of the content are written as &amp;, &lt; and &gt;: it can end or begin no tag and

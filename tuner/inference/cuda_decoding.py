@@ -7,7 +7,7 @@ from tuner.system import devices
 from tuner.training import cuda_graphs
 
 
-def never_wait(decoder):
+def multiply_without_sync(decoder):
     """Has layers of 8 bits multiply as training by graphs does: bitsandbytes itself waits for the GPU."""
     import bitsandbytes
 
@@ -55,8 +55,8 @@ def decode(model, input_ids, attention_mask, new, ends, on_step):
     def launch():
         step(token, place)
 
-    never_wait(decoder)
-    with torch.inference_mode(), devices.uncompiled_attention():
+    multiply_without_sync(decoder)
+    with torch.inference_mode(), devices.without_cudnn_attention():
         step(input_ids, places[:prompt])
         graph = None
         for number in range(1, new):

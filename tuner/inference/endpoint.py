@@ -211,10 +211,10 @@ def reply_of(data):
         content = "" if content is None else content
         called = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
         tags = [
-            tool_call.tag(name, arguments if isinstance(arguments, str) else json.dumps(arguments))
+            tool_call.format_tag(name, arguments if isinstance(arguments, str) else json.dumps(arguments))
             for name, arguments in called
         ]
-        tagged = sum(isinstance(part, tool_call.Call) for part in tool_call.split(content)[0])
+        tagged = sum(isinstance(part, tool_call.Call) for part in tool_call.split_text(content)[0])
     except (LookupError, TypeError, AttributeError):
         raise UserError(f"the answer is no chat completion; {OTHER_ADDRESS}") from None
     text = "\n".join([content] * (bool(content.strip()) or not tags) + tags)

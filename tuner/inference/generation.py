@@ -21,13 +21,13 @@ class Answer(NamedTuple):
     ids: list  # of its tokens, without the end token
 
 
-def load(adapter, bits):
+def load_tuned(adapter, bits):
     """Returns (model, tokenizer, run): the base that the adapter names with the adapter on, and its run.json.
 
     Computes in bf16 on a GPU that has it and in fp32 on a CPU, where bf16 is some 200 times slower.
     Raises UserError if adapter or base are missing, damaged or not each other's, or the GPU is too small.
     """
-    config, run = adapter_folder.read_settings(adapter)
+    config, run = adapter_folder.read_adapter(adapter)
 
     libraries.import_libraries()
 
@@ -36,14 +36,14 @@ def load(adapter, bits):
 
     base = config["base_model_name_or_path"]
     folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available())
-    adapter_weights.check_weights(adapter, folder, revision)
-    model, tokenizer = load_folder(folder, base, bits)
+    adapter_weights.check_adapter(adapter, folder, revision)
+    model, tokenizer = load_model(folder, base, bits)
     lora = PeftConfig.from_pretrained(adapter)
     lora.exclude_modules = None  # the vision tower, which is not there: PEFT warns of excluding nothing
     return PeftModel.from_pretrained(model, adapter, config=lora).eval(), tokenizer, run
 
 
-def load_folder(folder, name, bits):
+def load_model(folder, name, bits):
     """Returns (model, tokenizer) of a model folder, which messages call by its name; raises as load does."""
     import torch
     from transformers import AutoTokenizer
@@ -58,7 +58,7 @@ def load_folder(folder, name, bits):
                 f"{name} unquantised needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free on the "
                 "GPU; add --bits 4"
             )
-    model = loading.load_model(folder, bits, device, dtype, vision=False)
+    model = loading.load_base(folder, bits, device, dtype, vision=False)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -73,7 +73,7 @@ def end_tokens(model):
     return ends if isinstance(ends, list) else [ends]
 
 
-def padded(tokenizer, prompts, device):
+def pad_left(tokenizer, prompts, device):
     """Returns the input_ids and attention_mask of tokenised prompts.
 
     Padded on the left, so that every answer begins where its prompt ends.
@@ -98,7 +98,7 @@ def generate(model, tokenizer, prompts, on_token, **settings):
         stopped = bool(on_token(input_ids[:, -1].tolist()))
         return torch.full((len(input_ids),), stopped, device=input_ids.device)
 
-    inputs = padded(tokenizer, prompts, model.device)
+    inputs = pad_left(tokenizer, prompts, model.device)
     settings = {
         "do_sample": False,
         "top_k": None,  # what Gemma's own generation config asks for when it samples
@@ -107,29 +107,29 @@ def generate(model, tokenizer, prompts, on_token, **settings):
         "eos_token_id": end_tokens(model),
         **settings,
     }
-    with torch.inference_mode(), devices.uncompiled_attention():
+    with torch.inference_mode(), devices.without_cudnn_attention():
         output = model.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([stop]))
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def cut(prompts):
+def split_batches(prompts):
     """Cuts the numbers of tokenised prompts into batches of at most TOKENS_PER_BATCH, longest first."""
 
     def length(i):
         return len(prompts[i]) + MAX_NEW_TOKENS
 
     ordered = sorted(range(len(prompts)), key=length, reverse=True)
-    return batching.group(ordered, length, TOKENS_PER_BATCH)
+    return batching.group_padded(ordered, length, TOKENS_PER_BATCH)
 
 
-def answer(model, tokenizer, conversations, title="answering"):
+def answer_all(model, tokenizer, conversations, title="answering"):
     """Answers conversations, each a list of messages that ends with the user's, greedily; returns Answers."""
     from tqdm import tqdm
 
     prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
     ends = end_tokens(model)
     answers = [None] * len(prompts)
-    work = cut(prompts)
+    work = split_batches(prompts)
     bar = tqdm(total=MAX_NEW_TOKENS * len(work), desc=title, unit="token", leave=False, disable=None)
 
     def advance(*_):
@@ -139,7 +139,7 @@ def answer(model, tokenizer, conversations, title="answering"):
         for number, batch in enumerate(work, 1):
             asked = [prompts[i] for i in batch]
             if model.device.type == FAST_ON:
-                inputs = padded(tokenizer, asked, model.device)
+                inputs = pad_left(tokenizer, asked, model.device)
                 output = cuda_decoding.decode(model, **inputs, new=MAX_NEW_TOKENS, ends=ends, on_step=advance)
             else:
                 output = generate(model, tokenizer, asked, advance, max_new_tokens=MAX_NEW_TOKENS)

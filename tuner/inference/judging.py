@@ -17,7 +17,7 @@ def judge(answer, expected):
     one call asked for); where text is: "right", "false" (a trace of a call), "unfit" (empty, unended).
     """
     unended = None if answer.ended else f"does not end within {generation.MAX_NEW_TOKENS} tokens"
-    traced = tool_call.trace(answer.text)
+    traced = tool_call.looks_like_call(answer.text)
     if expected is None:
         if traced:
             return "false", "a call where text is expected"
@@ -44,7 +44,7 @@ def wilson(part, whole):
     return max(0.0, (centre - half) / (1 + Z**2 / whole)), min(1.0, (centre + half) / (1 + Z**2 / whole))
 
 
-def figures(kinds, needed):
+def rates(kinds, needed):
     """Returns the counts and rates of judged rows; kinds and needed (a call) are lists of equal length.
 
     A call made is a right, a malformed or a false one. A rate is {"part", "whole", "value", "low", "high"}

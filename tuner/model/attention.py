@@ -2,8 +2,8 @@
 
 from contextlib import contextmanager
 
-ATTENTION = "packed"  # our own kind, by transformers' name for it
-SHORT = 1024  # tokens; a longer sequence's attention weights are better never written down
+PACKED_ATTENTION = "packed"  # our own kind, by transformers' name for it
+MAX_EXPLICIT_ATTENTION = 1024  # tokens; a longer sequence's attention weights are better never written down
 
 
 def attention_masks(model, own, behind):
@@ -31,7 +31,7 @@ def fp32_product(a, b):
     return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
 
 
-def add_attention():
+def register_packed_attention():
     """Adds ATTENTION to what transformers knows: products of matrices, and the same again for the gradient.
 
     torch's own adds up gradients in an order of chance, so that no run would be like another; and cuDNN's,
@@ -67,13 +67,13 @@ def add_attention():
         result = Attention.apply(one, keys[0], values[0], attention_mask)
         return result.view(queries.shape).transpose(1, 2), None
 
-    AttentionInterface.register(ATTENTION, attend)
+    AttentionInterface.register(PACKED_ATTENTION, attend)
 
 
 @contextmanager
-def attending(config):
+def packed_attention(config):
     """Has the layers of the text model with this config attend by ATTENTION meanwhile."""
-    before, config._attn_implementation = config._attn_implementation, ATTENTION
+    before, config._attn_implementation = config._attn_implementation, PACKED_ATTENTION
     try:
         yield
     finally:

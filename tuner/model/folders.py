@@ -60,7 +60,7 @@ def revision(folder):
     return note.read_text(encoding="utf-8").strip() if note.is_file() else None
 
 
-def fingerprint(folder):
+def weights_fingerprint(folder):
     """Returns the sha256 of samples of a complete model's weights: tells models apart, reads no gigabytes."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
@@ -73,7 +73,7 @@ def fingerprint(folder):
     return digest.hexdigest()
 
 
-def already_there(folder):
+def is_complete(folder):
     """True if `folder` holds a complete model. Raises UserError if it is there but is none."""
     if not folder.exists():
         return False
@@ -82,7 +82,7 @@ def already_there(folder):
     return True
 
 
-def check_disk(folder, needed):
+def check_free_disk(folder, needed):
     """Raises UserError if the disk that `folder` (a path) is on has less than `needed` bytes free."""
     place = folder.resolve()
     while not place.exists():

@@ -5,14 +5,14 @@ from functools import partial
 from tuner.model import attention, quantized
 
 
-def prepare(model):
+def fuse_layers(model):
     """Has the model's layers compute the same in fewer kernels, keep less, and never wait for the GPU."""
-    keep_less(model)
-    adapt(model)
-    attention.add_attention()
+    fuse_norms_and_gates(model)
+    fuse_lora(model)
+    attention.register_packed_attention()
 
 
-def keep_less(model):
+def fuse_norms_and_gates(model):
     """Has norms and gates keep their inputs alone for the backward pass, and compute the rest anew.
 
     A norm of transformers 5.20 keeps three tensors in fp32 and is eight kernels; torch has one that is one.
@@ -64,7 +64,7 @@ def keep_less(model):
             layer.forward = partial(gated, layer)
 
 
-def adapt(model):
+def fuse_lora(model):
     """Has a projection and its LoRA be one function: it keeps its input, which others share, and a mask.
 
     PEFT 0.21.2 keeps the input after dropout too, another one for each projection.

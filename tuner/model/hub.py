@@ -109,11 +109,11 @@ def download(repo, folder):
     from huggingface_hub.utils import build_hf_headers, tqdm
 
     commit, files = ask_hub(repo)
-    part = atomic.aside(folder)
+    part = atomic.part_path(folder)
     sizes = {path.name.removesuffix(".incomplete"): path.stat().st_size for path in part.glob("*.*")}
     have = sum(min(sizes.get(file.rfilename, 0), file.size) for file in files)
     total = sum(file.size for file in files)
-    folders.check_disk(folder, total - have + RESERVE)
+    folders.check_free_disk(folder, total - have + RESERVE)
     here = f", {have / 1e9:.1f} GB of it here already" if have else ""
     print(f"{repo} into {folder}: {len(files)} files, {total / 1e9:.1f} GB{here}", flush=True)
     try:
@@ -137,13 +137,13 @@ def download(repo, folder):
                 if not is_intact(incomplete, file):
                     incomplete.unlink()
                     raise UserError(f"{repo}: {file.rfilename} came damaged and was removed; {AGAIN}")
-                atomic.sync(incomplete)
-                atomic.rename(incomplete, path)
+                atomic.fsync_tree(incomplete)
+                atomic.rename_synced(incomplete, path)
         if missing := folders.missing_files(part):
             raise UserError(f"{repo}: has no {', '.join(missing)}; choose another model")
         (part / folders.REVISION_FILE).write_text(commit + "\n", encoding="utf-8")
-        atomic.sync(part)
-        atomic.rename(part, folder)
+        atomic.fsync_tree(part)
+        atomic.rename_synced(part, folder)
     except (httpx2.HTTPError, OSError) as error:
         raise explain(error, repo) from error
 
@@ -171,7 +171,9 @@ def fetch(repo):
     ask_hub(repo)  # for its errors
     try:
         files = snapshot_download(repo, **wanted, dry_run=True)
-        folders.check_disk(Path(HF_HUB_CACHE), sum(f.file_size for f in files if f.will_download) + RESERVE)
+        folders.check_free_disk(
+            Path(HF_HUB_CACHE), sum(f.file_size for f in files if f.will_download) + RESERVE
+        )
         folder = snapshot_download(repo, **wanted)
     except (httpx2.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's
         raise explain(error, repo) from error

@@ -4,7 +4,7 @@ from tuner.system.console import printable
 from tuner.system.errors import UserError
 
 
-def load_model(folder, bits, device, dtype, vision=True):
+def load_base(folder, bits, device, dtype, vision=True):
     """Returns the base model on one device, its linear layers quantised to 4 or 8 bits, or to none (None).
 
     Without vision the tower has no layers: no row has a picture, and they take a tenth of the memory.

@@ -140,7 +140,7 @@ def convert(gguf, folder):
         eos_token_id=SPECIAL_TOKENS["<eos>"],
         bos_token_id=SPECIAL_TOKENS["<bos>"],
     ).save_pretrained(folder)
-    atomic.open_up(folder)
+    atomic.copy_permissions(folder)
 
     generation = {
         "do_sample": False,
@@ -182,11 +182,11 @@ def build_small(folder=folders.SMALL_FOLDER):
     Raises UserError if the package is missing or another one, the disk too small, or `folder` is in the way.
     """
     folder = Path(folder)
-    if folders.already_there(folder):
+    if folders.is_complete(folder):
         print(f"{folder} is there and complete.")
         return
     package = small_package()
-    folders.check_disk(folder, SMALL_SPACE)
+    folders.check_free_disk(folder, SMALL_SPACE)
 
     start = time.monotonic()
     print(f"Unpacking Gemma 3 270M into {folder} (about half a minute) ...", flush=True)
@@ -227,16 +227,16 @@ def unpacked(package, folder):
     """Gives (GGUF file, folder to work in), and renames that folder to `folder` when all has gone well."""
     from safetensors import SafetensorError
 
-    part = atomic.aside(folder)
-    with atomic.only_writer(folder):
+    part = atomic.part_path(folder)
+    with atomic.exclusive_lock(folder):
         shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
         try:
             part.mkdir()
             gguf = package.assemble(part / package.MODEL_NAME)  # checks the sha256
             yield str(gguf), part
             gguf.unlink()
-            atomic.sync(part)
-            atomic.rename(part, folder)
+            atomic.fsync_tree(part)
+            atomic.rename_synced(part, folder)
         except (OSError, ValueError, SafetensorError) as error:  # ValueError: assemble's, for a wrong sha256
             raise UserError(f"{folder}: could not be built ({error}); {INSTALL}, then try again") from error
         finally:

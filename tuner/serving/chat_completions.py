@@ -32,7 +32,7 @@ class TextFormat(BaseModel):
     type: Literal["text"]
 
 
-class Asked(BaseModel):
+class ChatCompletionRequest(BaseModel):
     """A request. What cannot be done is refused by a field's type, and fields not named here are ignored."""
 
     model_config = ConfigDict(strict=True)
@@ -56,21 +56,21 @@ class Asked(BaseModel):
     frequency_penalty: Literal[0] | None = None
 
 
-class Job(NamedTuple):
+class Generation(NamedTuple):
     model: str
-    asked: Asked
+    asked: ChatCompletionRequest
     ids: list  # tokens of the prompt
     new: int  # how many tokens the answer may have
     pieces: asyncio.Queue  # of the answer as it is written: str …, at last an End or an exception
     gone: threading.Event  # nobody waits for the answer any more
 
 
-class End(NamedTuple):
+class Finish(NamedTuple):
     reason: str  # "stop" or "length"
     tokens: int
 
 
-def refusal(status, message, code=None, param=None, headers=None):
+def http_error(status, message, code=None, param=None, headers=None):
     """Returns the exception that is answered with this status, in OpenAI's form of an error."""
     return HTTPException(status, {"message": message, "code": code, "param": param}, headers)
 
@@ -82,49 +82,49 @@ def error_body(status, detail):
     return {"error": {"type": kind, "code": None, "param": None, **fields}}
 
 
-def parse(body):
+def parse_request(body):
     """Returns a request's body as Asked; raises a refusal that names its first fault."""
     try:
-        return Asked.model_validate_json(body)
+        return ChatCompletionRequest.model_validate_json(body)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, fault["loc"]))
         if place.startswith("stop"):  # of two types, and pydantic tells of the first alone
             place, fault["msg"] = "stop", "a string, or up to 4, none of them empty"
         text = printable(f"{place}: {fault['msg']}" if place else fault["msg"], 200)
-        raise refusal(400, text, param=place.split(".")[0] or None) from None
+        raise http_error(400, text, param=place.split(".")[0] or None) from None
 
 
-def make_job(asked, names, tokenizer, context):
+def make_generation(asked, names, tokenizer, context):
     """Returns the Job of a request to one of the models `names`, the first if it names none.
 
     Raises a refusal for a model that is not there, and for messages that are at fault or do not fit.
     """
     if asked.model not in (None, *names):
         text = f"no model {printable(asked.model)} is here, but {' and '.join(names)}"
-        raise refusal(404, text, "model_not_found", "model")
+        raise http_error(404, text, "model_not_found", "model")
     messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in asked.messages]
     try:
-        messages = chat_rows.as_text(messages)
+        messages = chat_rows.validate_and_render(messages)
     except ValueError as error:
         text = " / ".join(printable(line, 200) for line in str(error).split("\n")[:3])
-        raise refusal(400, text, param="messages") from None
+        raise http_error(400, text, param="messages") from None
     if messages[-1]["role"] != "user":
         text = f'the last message is from "{messages[-1]["role"]}"; let "user" or "tool" speak last'
-        raise refusal(400, text, param="messages")
+        raise http_error(400, text, param="messages")
     ids = generation.prompt_ids(tokenizer, messages)
     wanted = asked.max_completion_tokens or asked.max_tokens
     new = wanted or max(1, min(NEW_TOKENS, context - len(ids)))
     if len(ids) + new > context:
         text = f"{len(ids)} tokens of messages and {new} to be written are more than the {context} that fit"
-        raise refusal(400, text, "context_length_exceeded", "max_tokens" if wanted else "messages")
-    return Job(asked.model or names[0], asked, ids, new, asyncio.Queue(), threading.Event())
+        raise http_error(400, text, "context_length_exceeded", "max_tokens" if wanted else "messages")
+    return Generation(asked.model or names[0], asked, ids, new, asyncio.Queue(), threading.Event())
 
 
 # ------------------------------------------------------------------------------------------- answers
 
 
-def until_stop(text, stops):
+def split_at_stop(text, stops):
     """Returns (what may be said of a text, what may begin a stop string, whether it holds a whole one)."""
     places = [text.find(stop) for stop in stops if stop in text]
     if places:
@@ -134,15 +134,15 @@ def until_stop(text, stops):
     return text[: len(text) - held], text[len(text) - held :], False
 
 
-async def parts(job):
+async def answer_parts(job):
     """Yields what the answer says (str) and calls (Call) as soon as it is settled, at last the End."""
     reads_calls, held, piece = bool(job.asked.tools) and job.asked.tool_choice != "none", "", ""
-    while not isinstance(piece, End):
+    while not isinstance(piece, Finish):
         piece = await job.pieces.get()
         if isinstance(piece, BaseException):
             raise piece
         new = piece if isinstance(piece, str) else ""
-        settled, held = tool_call.split(held + new, more=new != "") if reads_calls else ([new], "")
+        settled, held = tool_call.split_text(held + new, more=new != "") if reads_calls else ([new], "")
         for part in settled:
             if part != "":
                 yield part
@@ -165,10 +165,10 @@ def usage(job, end):
     return {**counts, "total_tokens": sum(counts.values())}
 
 
-async def whole(job):
+async def complete_answer(job):
     """Returns the answer in OpenAI's form; a content of blanks beside calls is null, as with vLLM."""
     text, calls = "", []
-    async for part in parts(job):
+    async for part in answer_parts(job):
         if isinstance(part, str):
             text += part
         elif isinstance(part, tool_call.Call):
@@ -181,7 +181,7 @@ async def whole(job):
     return {**head(job, "chat.completion"), "choices": [choice], "usage": usage(job, part)}
 
 
-async def events(job):
+async def stream_events(job):
     """Yields the answer as OpenAI streams it, in server-sent events; an error is the last of them."""
     start, calls, first = head(job, "chat.completion.chunk"), 0, {"role": "assistant", "content": None}
     counts = job.asked.stream_options and job.asked.stream_options.include_usage
@@ -194,7 +194,7 @@ async def events(job):
         return event({**start, "choices": [choice], **({"usage": None} if counts else {})})
 
     try:
-        async for part in parts(job):
+        async for part in answer_parts(job):
             if isinstance(part, str):
                 yield chunk({**first, "content": part})
             elif isinstance(part, tool_call.Call):

@@ -25,15 +25,15 @@ from tuner.inference import generation
 from tuner.inference.probes import PROBES
 from tuner.serving.chat_completions import (
     BUG,
-    Asked,
-    End,
+    ChatCompletionRequest,
+    Finish,
+    complete_answer,
     error_body,
-    events,
-    make_job,
-    parse,
-    refusal,
-    until_stop,
-    whole,
+    http_error,
+    make_generation,
+    parse_request,
+    split_at_stop,
+    stream_events,
 )
 from tuner.system import scripts
 from tuner.system.console import printable
@@ -50,25 +50,25 @@ RETRY_AFTER = 2  # seconds, what these are told
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token that is one byte of a character, or of several
 
 
-def guard(request, key):
+def authorize(request, key):
     """Raises a refusal for who may not ask: a page of another site, or a program without the key."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     # Another site's name may be made to lead to this machine; a browser then takes its page for ours.
     if not key and not LOOPBACK.fullmatch(host):
-        raise refusal(403, f"without {KEY}, this server is called localhost only")
+        raise http_error(403, f"without {KEY}, this server is called localhost only")
     if origin is not None and origin.lower().split("://")[-1] != host.lower():
-        raise refusal(403, "a page of another site may not ask this server")
+        raise http_error(403, "a page of another site may not ask this server")
     if key and request.scope["path"].startswith("/v1/"):  # request.url would read the Host header too
         given = request.headers.get("authorization", "").encode("latin-1")
         if not secrets.compare_digest(given, f"Bearer {key}".encode()):
             message = f"the API key is missing or wrong; send what {KEY} holds on the server"
-            raise refusal(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            raise http_error(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def read(request: Request):
+async def read_request(request: Request):
     """Returns the request's body as Asked; raises a refusal for one that is none."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise refusal(415, "the content type is not application/json")  # which no foreign form can send
+        raise http_error(415, "the content type is not application/json")  # which no foreign form can send
     body, size, announced = bytearray(), 0, int(request.headers.get("content-length", 0))
 
     async def receive():
@@ -83,16 +83,16 @@ async def read(request: Request):
     try:
         await asyncio.wait_for(receive(), BODY_SECONDS)
     except ClientDisconnect:
-        raise refusal(400, "the request ended before its end") from None
+        raise http_error(400, "the request ended before its end") from None
     except asyncio.TimeoutError:
-        raise refusal(408, f"the request did not come within {BODY_SECONDS} s") from None
+        raise http_error(408, f"the request did not come within {BODY_SECONDS} s") from None
     if max(size, announced) > MAX_BODY:
         text, close = f"the request is larger than {MAX_BODY} bytes", {"Connection": "close"}
-        raise refusal(413, text, "request_too_large", headers=close)
-    return parse(bytes(body))
+        raise http_error(413, text, "request_too_large", headers=close)
+    return parse_request(bytes(body))
 
 
-def write(model, tokenizer, job, say):
+def stream_answer(model, tokenizer, job, say):
     """Has the model write, and gives say(text) each piece once nothing can change it; returns the End."""
     import torch
 
@@ -104,7 +104,7 @@ def write(model, tokenizer, job, say):
         nonlocal held, stopped
         held += tokenizer.decode(undecoded, skip_special_tokens=False)
         undecoded.clear()
-        said, held, stopped = until_stop(held, stops)
+        said, held, stopped = split_at_stop(held, stops)
         if said:
             say(said)
 
@@ -128,7 +128,7 @@ def write(model, tokenizer, job, say):
         give()
     if held:
         say(held)
-    return End("stop" if ended or stopped else "length", count)
+    return Finish("stop" if ended or stopped else "length", count)
 
 
 def make_app(model, tokenizer, names, key, jobs):
@@ -138,7 +138,7 @@ def make_app(model, tokenizer, names, key, jobs):
     page, policy = read_page()
 
     async def guarded(request: Request):
-        guard(request, key)
+        authorize(request, key)
 
     # No docs: their pages load scripts of another site.
     app = FastAPI(openapi_url=None, dependencies=[Depends(guarded)])
@@ -156,16 +156,16 @@ def make_app(model, tokenizer, names, key, jobs):
         started = time.perf_counter()
         try:
             if job.model == names[0]:
-                end = write(model, tokenizer, job, put)
+                end = stream_answer(model, tokenizer, job, put)
             else:
                 with model.disable_adapter():
-                    end = write(model, tokenizer, job, put)
+                    end = stream_answer(model, tokenizer, job, put)
             how, seconds = "hung up" if job.gone.is_set() else end.reason, time.perf_counter() - started
             print(f"{job.model:<10} {len(job.ids)} + {end.tokens} tokens, {seconds:.1f} s, {how}")
             put(end)
         except Exception as error:
             if scripts.is_out_of_memory(error):
-                error = refusal(503, "the GPU's memory is full; ask for less, or serve with --bits 4")
+                error = http_error(503, "the GPU's memory is full; ask for less, or serve with --bits 4")
                 print(f"{job.model:<10} {error.detail['message']}", file=sys.stderr)
             put(error)
 
@@ -175,22 +175,22 @@ def make_app(model, tokenizer, names, key, jobs):
             pass
         job.gone.set()
         future.cancel()
-        job.pieces.put_nowait(refusal(499, "the client has hung up"))  # as nginx calls it
+        job.pieces.put_nowait(http_error(499, "the client has hung up"))  # as nginx calls it
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request, asked: Annotated[Asked, Depends(read)]):
+    async def chat(request: Request, asked: Annotated[ChatCompletionRequest, Depends(read_request)]):
         if len(jobs) > QUEUE:
             text = f"{QUEUE} requests wait already; come again in {RETRY_AFTER} s"
-            raise refusal(429, text, "queue_full", headers={"Retry-After": str(RETRY_AFTER)})
-        job, loop = make_job(asked, names, tokenizer, context), asyncio.get_running_loop()
+            raise http_error(429, text, "queue_full", headers={"Retry-After": str(RETRY_AFTER)})
+        job, loop = make_generation(asked, names, tokenizer, context), asyncio.get_running_loop()
         future = pool.submit(work, job, lambda p: loop.call_soon_threadsafe(job.pieces.put_nowait, p))
         watch = asyncio.create_task(leave(request, job, future))
         jobs[watch] = job
         watch.add_done_callback(jobs.pop)
         if asked.stream:
             headers = {"Cache-Control": "no-store", "Content-Type": "text/event-stream"}
-            return StreamingResponse(events(job), headers=headers)
-        return JSONResponse(await whole(job))
+            return StreamingResponse(stream_events(job), headers=headers)
+        return JSONResponse(await complete_answer(job))
 
     @app.get("/v1/models")
     async def models():
@@ -222,7 +222,7 @@ def make_server(app, jobs, on_start=lambda: None):
 
     async def shutdown(sockets=None):
         for job in jobs.values():
-            job.pieces.put_nowait(refusal(503, "the server is stopping"))
+            job.pieces.put_nowait(http_error(503, "the server is stopping"))
         await uvicorn.Server.shutdown(server, sockets)
 
     server.startup, server.shutdown = startup, shutdown

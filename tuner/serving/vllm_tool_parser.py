@@ -39,7 +39,7 @@ class TagToolParser(ToolParser):
 
     def extract_tool_calls(self, model_output, request):
         """Returns the calls of a whole answer, and the text around them (None if blank)."""
-        parts, _ = tool_call.split(model_output)
+        parts, _ = tool_call.split_text(model_output)
         calls = [part for part in parts if isinstance(part, tool_call.Call)]
         content = "".join(part for part in parts if isinstance(part, str))
         return ExtractedToolCallInformation(
@@ -61,12 +61,12 @@ class TagToolParser(ToolParser):
         request,
     ):
         """Returns what a further piece of an answer settles as a DeltaMessage, or None."""
-        parts, self.held_back = tool_call.split(self.held_back + delta_text, more=True)
+        parts, self.held_back = tool_call.split_text(self.held_back + delta_text, more=True)
         return self.message(parts)
 
     def finish_streaming(self):
         """Returns what was held back, at the end of the answer, as extract_tool_calls_streaming does."""
-        parts, self.held_back = tool_call.split(self.held_back)
+        parts, self.held_back = tool_call.split_text(self.held_back)
         return self.message(parts)
 
     def message(self, parts):

@@ -9,25 +9,25 @@ from pathlib import Path
 from tuner.system.errors import UserError
 
 
-def aside(path):
+def part_path(path):
     """Returns the path beside `path` that it is written at until it is whole."""
     return path.with_name(path.name + ".part")
 
 
-def sync(path):
+def fsync_tree(path):
     """Has the disk keep a file, or a folder and all that is in it, before it gets its name."""
     for child in path.iterdir() if path.is_dir() else ():
-        sync(child)
-    flush(path)
+        fsync_tree(child)
+    fsync(path)
 
 
-def open_up(folder):
+def copy_permissions(folder):
     """Gives weights the rights of config.json: safetensors 0.8 lets none but their owner read them."""
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 
 
-def flush(path):
+def fsync(path):
     """Has the disk keep a file, or the names in a folder."""
     if path.is_dir() and os.name == "nt":  # Windows syncs no folders
         return
@@ -38,27 +38,27 @@ def flush(path):
         os.close(handle)
 
 
-def read(path):
+def read_bytes(path):
     """Returns a file's bytes; raises OSError for a link, which could lead out of the folder."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     with open(handle, "rb") as file:
         return file.read()
 
 
-def rename(source, target):
+def rename_synced(source, target):
     """Renames a synced file or folder into place, and has the disk keep the new name."""
     source.rename(target)
-    flush(target.absolute().parent)
+    fsync(target.absolute().parent)
 
 
 @contextmanager
-def written(path):
+def open_text(path):
     """Gives a text file that becomes `path` once it is whole; OSError passes, and an earlier one stays."""
-    part = aside(Path(path))
+    part = part_path(Path(path))
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as file:
             yield file
-        sync(part)
+        fsync_tree(part)
         part.replace(path)
     finally:
         with suppress(OSError):
@@ -68,13 +68,13 @@ def written(path):
 def write_json(path, value, cure="name another file"):
     """Writes a JSON file whole; raises UserError with the cure if it cannot."""
     try:
-        with written(path) as file:
+        with open_text(path) as file:
             file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); {cure}") from error
 
 
-def check_parent(output):
+def check_parent_writable(output):
     """Returns the folder that `output` is to stand in; raises UserError if it cannot be written to."""
     parent = Path(output).absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -87,7 +87,7 @@ def is_empty_folder(path):
 
 
 @contextmanager
-def only_writer(output):
+def exclusive_lock(output):
     """Holds <output>.lock meanwhile; raises UserError if another process does.
 
     The lock is the kernel's: a process that dies lets go of it, and the next one takes the file over.

@@ -14,34 +14,34 @@ def printable(text, width=60):
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def paint(text, colour):
+def colorize(text, colour):
     """Returns text in an ANSI colour, on a terminal that wants one (https://no-color.org)."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     return f"\x1b[{colour}m{text}\x1b[0m"
 
 
-def show(text, first="", indent=""):
+def print_wrapped(text, first="", indent=""):
     """Prints a model's or a file's text, wrapped: `first` before it, `indent` before its other lines."""
     width = max(40, min(80, shutil.get_terminal_size().columns))
     text = printable(text, 200) or "(nothing)"
     print(textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent))
 
 
-def is_main():
+def is_main_process():
     """Whether this is the process that speaks and writes: the only one, or the first that a launcher made."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text):
-    if is_main():
+def print_main(text):
+    if is_main_process():
         from tqdm import tqdm
 
         with tqdm.external_write_mode():  # above the bar
             print(text, flush=True)
 
 
-def outlive_the_terminal():
+def ignore_broken_pipes():
     """Has what is printed after a connection dropped or a pipe closed be lost, instead of ending the run."""
 
     class Steady(io.TextIOWrapper):

@@ -46,16 +46,19 @@ def gpu_dtype():
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
-def check_product(bits, device, dtype):
+def check_quantized_matmul(bits, device, dtype):
     """Multiplies by a matrix quantised to 4 or 8 bits, once plainly and once through bitsandbytes.
 
     Raises UserError if bitsandbytes cannot, or its product is another: training would learn nonsense.
     """
     import torch
 
-    cure = "reinstall it: pip install --force-reinstall bitsandbytes==" + libraries.versions()["bitsandbytes"]
+    cure = (
+        "reinstall it: pip install --force-reinstall bitsandbytes=="
+        + libraries.library_versions()["bitsandbytes"]
+    )
     try:
-        libraries.quiet_bitsandbytes()
+        libraries.silence_bitsandbytes()
         import bitsandbytes
         from bitsandbytes import functional
 
@@ -95,7 +98,7 @@ def check_gpu():
     lines = [("✓", f"GPU: {name}, compute capability {capability}, {bf16}, CUDA {torch.version.cuda}")]
     for bits in (4, 8):
         try:
-            check_product(bits, "cuda:0", dtype)
+            check_quantized_matmul(bits, "cuda:0", dtype)
             lines.append(("✓", f"{bits} bits: bitsandbytes multiplies as plain torch does"))
         except UserError as error:
             lines.append(("✗", f"{bits} bits: {error}"))
@@ -103,7 +106,7 @@ def check_gpu():
 
 
 @contextmanager
-def uncompiled_attention():
+def without_cudnn_attention():
     """Has torch do meanwhile without cuDNN's attention, which it would take on an H100.
 
     That is compiled for each new shape of its tensors, 1 s and more, and few of them come again.
@@ -114,7 +117,7 @@ def uncompiled_attention():
         yield
 
 
-def make_products_repeatable():
+def make_cpu_matmul_deterministic():
     """Has MKL give the same bits wherever in memory its numbers lie; called before its first product.
 
     With AVX-512 one run in four or so differs from the others in its last bits (one in ten with MKL's own
@@ -150,6 +153,6 @@ def peak_memory(device):
     return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
-def told(memory):
+def format_memory(memory):
     """Returns what peak_memory found as text."""
     return ", ".join(f"{kind} {gib:.2f} GiB at most" for kind, gib in memory.items())

@@ -3,7 +3,7 @@
 import os
 import shutil
 
-HOST_MEMORY = 10e9  # bytes, measured with Gemma-3-4b: 8.6 of them are its file, mapped and soon let go
+TRAINING_MEMORY = 10e9  # bytes, measured with Gemma-3-4b: 8.6 of them are its file, mapped and soon let go
 REHEARSAL_MEMORY = 5e9  # bytes, measured
 
 
@@ -12,11 +12,11 @@ def has_driver():
     return os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
 
 
-def check_memory():
+def check_host_memory():
     """Returns [(mark, text)] of this machine's memory."""
     import psutil
 
     free = psutil.virtual_memory().available
-    needed, work = (HOST_MEMORY, "training") if has_driver() else (REHEARSAL_MEMORY, "the rehearsal")
+    needed, work = (TRAINING_MEMORY, "training") if has_driver() else (REHEARSAL_MEMORY, "the rehearsal")
     text = f"memory: {free / 1e9:.0f} GB free, {work} takes {needed / 1e9:.0f}"
     return [("✓", text) if free >= needed else ("✗", text + "; close other programs")]

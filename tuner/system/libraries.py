@@ -27,7 +27,7 @@ def without_torch():
             del os.environ["TRANSFORMERS_VERBOSITY"]
 
 
-def quiet_bitsandbytes():
+def silence_bitsandbytes():
     """Silences by name, before bitsandbytes is imported, what no user of it here can act on."""
     import logging
 
@@ -43,7 +43,7 @@ def import_libraries(*more):
     Python looks for garbage meanwhile and finds none. Without that the imports take a fifth less; and as it
     does not look among them later, the interpreter exits in 0.15 s, not in 1.
     """
-    quiet_bitsandbytes()
+    silence_bitsandbytes()
     wanted = ("torch", "bitsandbytes", "peft", "transformers.models.gemma3.modeling_gemma3", *more)
     if wanted := [name for name in wanted if name not in sys.modules]:
         gc.disable()
@@ -61,7 +61,7 @@ def import_libraries(*more):
         transformers.logging.disable_progress_bar()
 
 
-def versions():
+def library_versions():
     from importlib.metadata import version
 
     names = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface-hub"]

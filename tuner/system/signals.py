@@ -6,10 +6,12 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 
-REPEAT = 0.3  # seconds: a launcher passes on the Ctrl-C that its processes got already; that is no second one
+REPEAT_SECONDS = (
+    0.3  # seconds: a launcher passes on the Ctrl-C that its processes got already; that is no second one
+)
 
 
-def leave_on_signals(told="stopped; the same command begins again, or goes on where it can"):
+def exit_on_signals(told="stopped; the same command begins again, or goes on where it can"):
     """Has SIGTERM and a hang-up end the process like Ctrl-C: what was begun aside is cleared away."""
 
     def leave(number, _):
@@ -24,7 +26,7 @@ def leave_on_signals(told="stopped; the same command begins again, or goes on wh
 
 
 @contextmanager
-def asked_to_stop():
+def stop_requests():
     """Gives a list that Ctrl-C, SIGTERM and a hang-up put their number into; a second one ends the process.
 
     What is ignored already stays so: under nohup, a hang-up is none.
@@ -32,7 +34,7 @@ def asked_to_stop():
     asked = []
 
     def note(number, _):
-        if asked and time.monotonic() - asked[1] > REPEAT:
+        if asked and time.monotonic() - asked[1] > REPEAT_SECONDS:
             os._exit(128 + number)
         if not asked:
             asked.extend([number, time.monotonic()])

@@ -22,7 +22,7 @@ AGAIN = "train again: python train_qlora.py"
 DISK_NEEDED = 1.5e9
 
 
-def check(output, resume):
+def check_output(output, resume):
     """Raises UserError if the output folder cannot be written, or holds something that is not a run's.
 
     Or if the disk is too small, but not for one that is resumed: it may have no more than its end to write.
@@ -31,7 +31,7 @@ def check(output, resume):
     ours = is_finished(output) or is_unfinished(output)
     if output.exists() and not ours and not atomic.is_empty_folder(output):
         raise UserError(f"{output} is there and holds no adapter; name another folder with --output")
-    parent = atomic.check_parent(output)
+    parent = atomic.check_parent_writable(output)
     free = shutil.disk_usage(output if ours else parent).free
     if free < DISK_NEEDED and not resume:
         raise UserError(
@@ -67,7 +67,7 @@ def make_room(output):
         if is_finished(output):
             number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.{n}").exists())
             earlier = output.rename(output.with_name(f"{output.name}.{number}"))
-        for place in checkpoints.places(earlier or output):
+        for place in checkpoints.checkpoint_dirs(earlier or output):
             checkpoints.remove(place)
         if earlier is None and is_unfinished(output):
             for path in output.iterdir():
@@ -99,7 +99,7 @@ def tokenizer_files(base):
     return [path for path in Path(base).iterdir() if any(path.match(pattern) for pattern in TOKENIZER)]
 
 
-def read_settings(folder):
+def read_adapter(folder):
     """Returns (config, run): adapter_config.json as a dict, and run.json's, {} if there is none.
 
     No weight is read but the file's header. Raises UserError if the folder holds no adapter, or a damaged.
@@ -110,7 +110,7 @@ def read_settings(folder):
     if not folder.is_dir():
         raise UserError(f"{folder} is not there; train an adapter first: python train_qlora.py")
     if not is_finished(folder):
-        if checkpoints.places(folder):
+        if checkpoints.checkpoint_dirs(folder):
             resume = f"python train_qlora.py --output {shlex.quote(str(folder))} --resume"
             raise UserError(f"{folder} holds an unfinished run; go on: {resume}")
         raise UserError(f"{folder} holds no adapter ({CONFIG} is missing); {AGAIN}")

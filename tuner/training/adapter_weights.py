@@ -11,13 +11,13 @@ from tuner.training import adapter_folder, checkpoints, loss_plot
 from tuner.training.checkpoints import CONFIG, WEIGHTS
 
 
-def size(model, base):
+def adapter_bytes(model, base):
     """Returns how many bytes `write` takes, about."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return weights + sum(path.stat().st_size for path in adapter_folder.tokenizer_files(base)) + 1e6
 
 
-def write(output, model, base, run):
+def write_adapter(output, model, base, run):
     """Writes adapter, tokenizer, plot and run.json aside, reads the adapter back, and moves all into place.
 
     The adapter's config comes last: without it, no folder holds an adapter. `base` is the folder of the base.
@@ -41,7 +41,7 @@ def write(output, model, base, run):
         text = json.dumps(run, ensure_ascii=False, indent=1) + "\n"
         (part / "run.json").write_text(text, encoding="utf-8")
         loss_plot.plot(run, part / "loss.png")
-        atomic.sync(part)
+        atomic.fsync_tree(part)
 
         read_back = load((part / WEIGHTS).read_bytes())
         targets = [name for name, module in model.named_modules() if hasattr(module, "lora_B")]
@@ -57,12 +57,12 @@ def write(output, model, base, run):
                     f"{part}: {name} is all zeros, nothing was learned there; train for more steps"
                 )
         for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
-            atomic.rename(path, output / path.name)
+            atomic.rename_synced(path, output / path.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def check_weights(folder, base, revision):
+def check_adapter(folder, base, revision):
     """Checks an adapter's tensors against those that its config gives on the model in the folder `base`.
 
     `revision` is the base's, or None. Raises UserError for one of another base, one that lacks a module
@@ -74,7 +74,7 @@ def check_weights(folder, base, revision):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     other, damaged = f"{folder} was trained on another base", f"{folder} is damaged"
-    _, run = adapter_folder.read_settings(folder)
+    _, run = adapter_folder.read_adapter(folder)
     if revision and run.get("revision") and run["revision"] != revision:
         versions = f"{printable(str(run['revision']), 12)}, {base} holds {printable(revision, 12)}"
         raise UserError(f"{other} (revision {versions}); fetch that one, or {adapter_folder.AGAIN}")

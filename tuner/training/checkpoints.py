@@ -27,14 +27,14 @@ BEST = "best.safetensors"  # the best adapter so far, where WEIGHTS is another
 OPTIMIZER = "optimizer.pt"  # and the schedule
 
 
-def places(output):
+def checkpoint_dirs(output):
     """Returns the folders of a run's checkpoints, whole or not, the newest first."""
     folder = Path(output, FOLDER)
-    found = [path for path in folder.iterdir() if is_place(path)] if folder.is_dir() else []
+    found = [path for path in folder.iterdir() if is_checkpoint_dir(path)] if folder.is_dir() else []
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def is_place(path):
+def is_checkpoint_dir(path):
     return bool(re.fullmatch(r"step-\d{6,}", path.name)) and path.is_dir() and not path.is_symlink()
 
 
@@ -100,7 +100,7 @@ def write(output, config, files, facts):
     Raises OSError if it cannot be written; those before it are then as they were.
     """
     place = Path(output, FOLDER, f"step-{facts['step']:06}")
-    part = atomic.aside(place)
+    part = atomic.part_path(place)
     try:
         part.mkdir(parents=True)
         files = {
@@ -115,10 +115,10 @@ def write(output, config, files, facts):
         manifest = {**facts, "sha256": {name: sha256(data) for name, data in files.items()}}
         manifest["seal"] = seal(manifest)
         (part / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
-        atomic.sync(part)
+        atomic.fsync_tree(part)
         if place.exists():  # a damaged one, passed over when the run went on
             remove(place)
-        atomic.rename(part, place)
+        atomic.rename_synced(part, place)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -151,7 +151,7 @@ def write_config(config, folder):
 
 def prune(output, newest, best):
     """Removes all checkpoints but the newest ones and the best; one later than the newest was damaged."""
-    found = {int(path.name.removeprefix("step-")): path for path in places(output)}
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoint_dirs(output)}
     kept = sorted((step for step in found if step <= newest), reverse=True)[:NEWEST_KEPT]
     for step, path in found.items():
         if step not in (*kept, best):
@@ -176,7 +176,7 @@ def clear(output):
 
 def newest(output, say):
     """Returns (manifest, {file: bytes}) of the newest whole checkpoint, or None; says what it passes over."""
-    for place in places(output):
+    for place in checkpoint_dirs(output):
         try:
             return read(place)
         except UserError as error:
@@ -192,7 +192,7 @@ def read(place):
     data = {}
     for name in (MANIFEST, CONFIG, WEIGHTS, OPTIMIZER, BEST):
         try:
-            data[name] = atomic.read(place / name)
+            data[name] = atomic.read_bytes(place / name)
         except FileNotFoundError:
             pass  # told of below, unless it is BEST and not wanted
         except OSError as error:

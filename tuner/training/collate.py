@@ -1,7 +1,7 @@
 """Turn the rows of a micro-batch into tensors: padded, or packed."""
 
 
-def tensors(pack, length, slots, pad_id):
+def collate_packed(pack, length, slots, pad_id):
     """Returns what a packed micro-batch consists of, on the CPU.
 
     input_ids, positions (each row's own), documents (which row; −1 where it is padded): (length,)
@@ -29,7 +29,7 @@ def tensors(pack, length, slots, pad_id):
     }
 
 
-def pad(examples, pad_id, device):
+def collate_padded(examples, pad_id, device):
     """Returns input_ids, attention_mask, labels as tensors (rows, longest row); pads are masked in both."""
     import torch
 

@@ -9,21 +9,23 @@ from tuner.data import batching
 from tuner.training import collate, loss_functions, memory_plan
 from tuner.training.memory_plan import MULTIPLE
 
-PARTS = 16  # the lengths of packed sequences are multiples of a sixteenth of the longest one
-CAPTURE = 10_000  # tokens, computed in the time that a capture takes: what a further length has to save
-SELDOM = 1  # a run of so many micro-batches, or fewer, is worth no capture
+LENGTH_BUCKETS = 16  # the lengths of packed sequences are multiples of a sixteenth of the longest one
+CAPTURE_COST_TOKENS = (
+    10_000  # tokens, computed in the time that a capture takes: what a further length has to save
+)
+MIN_REPLAYS = 1  # a run of so many micro-batches, or fewer, is worth no capture
 PATTERN = 6  # layers: in Gemma 3 every sixth attends to all tokens, the others to those in a window
 
 
-def aligned(tokens):
+def align(tokens):
     """Returns the least multiple of MULTIPLE that is no less."""
     return MULTIPLE * math.ceil(tokens / MULTIPLE)
 
 
-def choose_lengths(sizes):
+def choose_length_buckets(sizes):
     """Returns the lengths, ascending, that packs of these sizes are padded to: few, as each is captured."""
-    longest = aligned(max(sizes))
-    step = aligned(longest / PARTS)
+    longest = align(max(sizes))
+    step = align(longest / LENGTH_BUCKETS)
     wanted = Counter(min(longest, step * math.ceil(size / step)) for size in sizes)
     chosen = [max(wanted)]
 
@@ -32,7 +34,7 @@ def choose_lengths(sizes):
 
     while rest := sorted(set(wanted) - set(chosen)):
         best = min(rest, key=lambda length: padding([*chosen, length]))
-        if padding(chosen) - padding([*chosen, best]) < CAPTURE:
+        if padding(chosen) - padding([*chosen, best]) < CAPTURE_COST_TOKENS:
             break
         chosen.append(best)
     return sorted(chosen)
@@ -56,7 +58,7 @@ def capture(work, pool=None):
     return graph, result
 
 
-def check_room(size, device):
+def check_free_memory(size, device):
     """Raises torch.OutOfMemoryError if the GPU has not so many bytes left.
 
     A capture must not be what finds out: torch never frees the memory of one that failed (PyTorch #190308).
@@ -77,8 +79,8 @@ def make_runner(model, packs, pad_id, device, logits_at_once, plan):
     import torch
 
     sizes = [tokens for tokens, _ in packs]
-    lengths = choose_lengths(sizes)
-    slots = aligned(max(trained for _, trained in packs))
+    lengths = choose_length_buckets(sizes)
+    slots = align(max(trained for _, trained in packs))
     decoder, cross_entropy = (
         model.get_base_model().get_decoder(),
         loss_functions.make_cross_entropy(logits_at_once),
@@ -101,19 +103,19 @@ def make_runner(model, packs, pad_id, device, logits_at_once, plan):
             torch.cuda.set_rng_state(random, device)
 
     def run(pack, total):
-        length = next(length for length in lengths if length >= batching.tokens_in(pack))
+        length = next(length for length in lengths if length >= batching.total_tokens(pack))
         batch = {
             k: v.to(device, non_blocking=True)
-            for k, v in collate.tensors(pack, length, slots, pad_id).items()
+            for k, v in collate.collate_packed(pack, length, slots, pad_id).items()
         }
         scale = torch.tensor(1 / total, device=device)
-        if len(sizes) <= SELDOM:
+        if len(sizes) <= MIN_REPLAYS:
             return compute(batch, scale)
         if not graphs:
             warm_up(batch)
         if length not in graphs:  # they share their memory
             more = plan.kept * max(0, length - max(graphs, default=0))
-            check_room(more if graphs else more + plan.logits * min(slots, logits_at_once), device)
+            check_free_memory(more if graphs else more + plan.logits * min(slots, logits_at_once), device)
             graph, loss = capture(partial(compute, batch, scale), pool)
             graphs[length] = graph, batch, scale, loss
         graph, static, static_scale, loss = graphs[length]
@@ -149,9 +151,11 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
     def runner(tokens):
         if tokens not in runners:
             packs = [
-                p for numbers in ahead for p in memory_plan.cut([rows[i] for i in numbers], tokens, state)[0]
+                p
+                for numbers in ahead
+                for p in memory_plan.split_packs([rows[i] for i in numbers], tokens, state)[0]
             ]
-            packs = [(batching.tokens_in(p), batching.trained_tokens(p)) for p in packs]
+            packs = [(batching.total_tokens(p), batching.trained_tokens(p)) for p in packs]
             runners[tokens] = make_runner(model, packs, pad_id, state.device, logits_at_once, plan)
         return runners[tokens]
 
@@ -159,15 +163,17 @@ def make(model, examples, ahead, plan, plain, pad_id, state, logits_at_once):
         return max(1, plan.checkpointed * tokens // plan.tokens)
 
     def sizes(rows, tokens):
-        packs, long = memory_plan.cut(
+        packs, long = memory_plan.split_packs(
             rows, tokens, state
         )  # a row that is a pack's only one may still leave it
-        return [(True, batching.tokens_in(p)) for p in packs] + [(False, batching.size(row)) for row in long]
+        return [(True, batching.total_tokens(p)) for p in packs] + [
+            (False, batching.length(row)) for row in long
+        ]
 
     def add(rows, tokens):
         if tokens not in runners:
             runners.clear()  # memory was full
-        packs, long = memory_plan.cut(rows, tokens, state)
+        packs, long = memory_plan.split_packs(rows, tokens, state)
         total = batching.trained_tokens(rows)
         checkpoint(False)
         parts = [runner(tokens)(p, total) for p in packs]

@@ -1,7 +1,7 @@
 """All LoRA weights as one tensor."""
 
 
-def in_one(weights):
+def flatten_parameters(weights):
     """Moves weights into one tensor, and their gradients into its own; returns it.
 
     Each of them stays, as a view. What is done to all of them is then one kernel, and not one for each.
@@ -17,7 +17,7 @@ def in_one(weights):
     return whole
 
 
-def on_the_cpu(weights, whole):
+def copy_to_cpu(weights, whole):
     """Returns {name: weight} of views of `whole` as a copy of it on the CPU."""
     copy = whole.detach().to("cpu", copy=True)
     return {n: copy.as_strided(w.size(), w.stride(), w.storage_offset()) for n, w in weights.items()}

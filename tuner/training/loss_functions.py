@@ -49,7 +49,11 @@ def packed_loss(model, batch, cross_entropy):
     masks = attention.attention_masks(model, (documents[:, None] == documents)[None], behind)
     ids, positions = batch["input_ids"][None], batch["positions"][None]
     decoder = base.get_decoder()
-    with attention.attending(decoder.config) if len(documents) <= attention.SHORT else nullcontext():
+    with (
+        attention.packed_attention(decoder.config)
+        if len(documents) <= attention.MAX_EXPLICIT_ATTENTION
+        else nullcontext()
+    ):
         hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=masks).last_hidden_state[0]
     trained = hidden.index_select(0, batch["places"])
     return cross_entropy(trained, base.get_output_embeddings().weight, batch["targets"])
@@ -58,7 +62,7 @@ def packed_loss(model, batch, cross_entropy):
 LOGITS_AT_ONCE = 128  # trained tokens, with checkpointing; 262,208 logits each, the largest tensor of all
 
 
-def losses_and_guesses(model, batch, at_once=None):
+def loss_and_predictions(model, batch, at_once=None):
     """Returns the summed cross entropy of a batch's trained tokens, and the most likely token for each.
 
     Logits are computed for trained positions only; with gradient checkpointing LOGITS_AT_ONCE at a time, or

@@ -13,12 +13,15 @@ BYTES_A_LOGIT = 13.2
 HIDDEN_BESIDE_LAYERS = 10
 # As CUDA graphs, without checkpointing, what torch reserves: for a token, in widths of hidden state and MLP a
 # layer; for a logit while its gradient is worked out; and for all else (bytes).
-KEPT = {4: 6.05, 8: 6.35}
+ACTIVATION_WIDTHS = {4: 6.05, 8: 6.35}
 BYTES_A_KEPT_LOGIT = 10
-BESIDE = 0.34 * 2**30
+OVERHEAD_BYTES = 0.34 * 2**30
 EVALUATED = 8  # logits at once, or an eighth of a graph's tokens: what an evaluation has beside graphs
-MOST, MULTIPLE = 4096, 8  # tokens; a mask is as large as their square, and attention wants such multiples
-SHARE = 0.9  # of what is free on the GPU: training may reserve it, where --memory says nothing
+MAX_GRAPH_TOKENS, MULTIPLE = (
+    4096,
+    8,
+)  # tokens; a mask is as large as their square, and attention wants such multiples
+MEMORY_FRACTION = 0.9  # of what is free on the GPU: training may reserve it, where --memory says nothing
 RESERVED = 1.06  # what torch takes from the card for what it allocates
 CONTEXT = 0.6 * 2**30  # bytes: CUDA's own, and the pages of the optimizer's state (60 MB on 4B)
 USABLE = 0.95  # of a card's nominal memory: the driver and a desktop have the rest
@@ -40,7 +43,7 @@ GEMMA_3_4B_WEIGHTS = 4_300_079_472
 GEMMA_3_4B = Dimensions(262_208, 2560, 10_240, 34, 2048, 1024)
 
 
-def dimensions(config):
+def read_dimensions(config):
     """Returns the Dimensions of a config.json, a dict; raises KeyError if it is no Gemma 3's."""
     text = config.get("text_config", config)
     head = text["head_dim"]
@@ -64,7 +67,7 @@ def plain_weights(d):
     return d.vocabulary * d.hidden
 
 
-def peak(d, bits, rank, tokens, trained_at_once):
+def peak_bytes(d, bits, rank, tokens, trained_at_once):
     """Returns the bytes that torch allocates at most while it trains with layers checkpointed.
 
     tokens: of the largest micro-batch, rows × longest row; trained_at_once: of these, how many get logits at
@@ -72,10 +75,10 @@ def peak(d, bits, rank, tokens, trained_at_once):
     """
     activations = 2 * d.hidden * (d.layers + HIDDEN_BESIDE_LAYERS) * tokens
     logits = BYTES_A_LOGIT * d.vocabulary * trained_at_once
-    return fixed(d, bits, rank) + activations + logits
+    return fixed_bytes(d, bits, rank) + activations + logits
 
 
-def fixed(d, bits, rank):
+def fixed_bytes(d, bits, rank):
     """Returns the bytes of the quantised model, of LoRA in fp32 and of its gradients."""
     weights = text_weights(d) * BYTES_A_WEIGHT[bits] + 2 * plain_weights(d)
     return weights + 2 * 4 * lora_weights(d, rank)
@@ -98,12 +101,12 @@ class Plan(NamedTuple):
     logits: float = 0
 
 
-def plans(d, bits, rank, budget, trained_at_once, longest):
+def make_plans(d, bits, rank, budget, trained_at_once, longest):
     """Returns the Plans for `budget` bytes of reserved memory and a longest row of so many tokens.
 
     One, if all rows fit into graphs or there is no room for any; else one with and one without.
     """
-    kept = KEPT[bits] * 2 * (d.hidden + d.intermediate) * d.layers
+    kept = ACTIVATION_WIDTHS[bits] * 2 * (d.hidden + d.intermediate) * d.layers
     logit = BYTES_A_KEPT_LOGIT * d.vocabulary
 
     def graphs(room, evaluation):
@@ -111,25 +114,25 @@ def plans(d, bits, rank, budget, trained_at_once, longest):
         few = (room - evaluation * logit * EVALUATED) / (kept + logit)
         few = min(few, room / (kept + logit + evaluation * logit / EVALUATED), trained_at_once)
         tokens = max((room - logit * trained_at_once * (1 + evaluation)) / kept, few)
-        return int(min(MOST, max(0, tokens))) // MULTIPLE * MULTIPLE
+        return int(min(MAX_GRAPH_TOKENS, max(0, tokens))) // MULTIPLE * MULTIPLE
 
-    again = peak(d, bits, rank, 1, 0) - peak(d, bits, rank, 0, 0)
-    checkpointed = (budget / RESERVED - peak(d, bits, rank, 0, trained_at_once)) / again
-    checkpointed = int(min(MOST, max(0, checkpointed)))
-    tokens = graphs(budget - BESIDE - fixed(d, bits, rank), 1)
+    again = peak_bytes(d, bits, rank, 1, 0) - peak_bytes(d, bits, rank, 0, 0)
+    checkpointed = (budget / RESERVED - peak_bytes(d, bits, rank, 0, trained_at_once)) / again
+    checkpointed = int(min(MAX_GRAPH_TOKENS, max(0, checkpointed)))
+    tokens = graphs(budget - OVERHEAD_BYTES - fixed_bytes(d, bits, rank), 1)
     if tokens >= longest:
         return [Plan(tokens, checkpointed, kept, logit)]
     # A row that no graph takes has all that it needs beside them, and so has an evaluation.
-    tokens = graphs(budget - BESIDE - least(d, bits, rank, longest, trained_at_once), 0)
+    tokens = graphs(budget - OVERHEAD_BYTES - least_bytes(d, bits, rank, longest, trained_at_once), 0)
     return [Plan(0, checkpointed), *([Plan(tokens, longest, kept, logit)] if tokens else [])]
 
 
-def least(d, bits, rank, tokens, trained_at_once):
+def least_bytes(d, bits, rank, tokens, trained_at_once):
     """Returns the bytes of reserved memory that a row of so many tokens takes at least."""
-    return peak(d, bits, rank, tokens, trained_at_once) * RESERVED
+    return peak_bytes(d, bits, rank, tokens, trained_at_once) * RESERVED
 
 
-def free(card):
+def usable_bytes(card):
     """Returns the bytes that are free on a card of so many GiB, once CUDA has started."""
     return USABLE * card * 2**30 - CONTEXT
 
@@ -139,26 +142,26 @@ def free(card):
 KERNELS, LAUNCHING = {4: 0.04, 8: 0.055}, {4: 1.1, 8: 0.9}
 
 
-def cut(rows, tokens, state):
+def split_packs(rows, tokens, state):
     """Returns (packs, long): this process's rows of at most `tokens`, packed, and its longer ones."""
-    own = batching.share(rows, state)
-    long = [row for row in own if batching.size(row) > tokens]
-    return batching.pack(own[len(long) :], tokens), long
+    own = batching.shard(rows, state)
+    long = [row for row in own if batching.length(row) > tokens]
+    return batching.group_packed(own[len(long) :], tokens), long
 
 
-def seconds(plan, steps, bits, state):
+def plan_seconds(plan, steps, bits, state):
     """Returns how long the kernels of steps take, launched as they are by a memory_estimate.Plan.
 
     steps: the rows of each, by their lengths in tokens.
     """
     graphs = plain = 0
     for lengths in steps:
-        packs, long = cut([{"input_ids": range(length)} for length in lengths], plan.tokens, state)
+        packs, long = split_packs([{"input_ids": range(length)} for length in lengths], plan.tokens, state)
         graphs += len(packs)
-        plain += len(batching.group(long, batching.size, plan.checkpointed))
+        plain += len(batching.group_padded(long, batching.length, plan.checkpointed))
     return KERNELS[bits] * graphs + LAUNCHING[bits] * plain
 
 
-def quickest(plans, steps, bits, state):
+def quickest_plan(plans, steps, bits, state):
     """Returns that of the Plans by which the steps are done first."""
-    return min(plans, key=lambda plan: seconds(plan, steps, bits, state))
+    return min(plans, key=lambda plan: plan_seconds(plan, steps, bits, state))

@@ -43,7 +43,7 @@ def prove_weights(base, adapter, merged):
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    config, _ = adapter_folder.read_settings(adapter)
+    config, _ = adapter_folder.read_adapter(adapter)
     scale = config["lora_alpha"] / config["r"]
     lora = load_file(Path(adapter, adapter_folder.WEIGHTS))
     before, after = tensors(base), tensors(merged)
