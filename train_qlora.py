@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +70,45 @@ REHEARSAL_LEARNING_RATE = 1e-3  # 270M parameters want larger steps; measured, F
 REHEARSAL_OPTIMIZER = "AdamW"  # bitsandbytes pages its 8-bit optimizer between GPU and host only
 REHEARSAL_DTYPE = "float32"  # a CPU without AVX512-BF16 multiplies bf16 some 200 times slower than fp32
 REHEARSAL_CHECKPOINTING = False  # a CPU's memory is not the limit; recomputing would cost a third more time
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the result. The names are keys of run.json and of checkpoints."""
+
+    bits: int = BITS
+    epochs: int = EPOCHS
+    learning_rate: float = LEARNING_RATE
+    rehearse: bool = False
+    lora_r: int = LORA_R
+    lora_alpha: int = LORA_ALPHA
+    lora_dropout: float = LORA_DROPOUT
+    target_modules: tuple = tuple(TARGET_MODULES)
+    exclude_modules: str = EXCLUDE_MODULES
+    rows_per_step: int = ROWS_PER_STEP
+    max_grad_norm: float = MAX_GRAD_NORM
+    warmup_steps: int = WARMUP_STEPS
+    warmup_share: float = WARMUP_SHARE
+    validation_share: float = VALIDATION_SHARE
+    seed: int = SEED
+    max_tokens: int = MAX_TOKENS
+
+
+RECIPE = Recipe()
+
+
+def quantization_config(bits, dtype):
+    """Return how to quantize the base: to 4 bits (NF4), to 8 (LLM.int8), or None for not at all."""
+    from transformers import BitsAndBytesConfig
+
+    if bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0) if bits == 8 else None
 
 
 # ---------------------------------------------------------------------------------------------- rows
