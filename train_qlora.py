@@ -849,7 +849,7 @@ def stop(args, asked):
         f"stopped    the newest checkpoint is {places[0]}" if places else "stopped    with no checkpoint"
     )
     console.print_main(f"go on      {command(args)}")
-    sys.exit(128 + (asked[0] if asked else signal.SIGINT))
+    sys.exit(128 + (asked.signal if asked else signal.SIGINT))
 
 
 def command(args, add=" --resume"):

@@ -320,7 +320,7 @@ def test_stopped_or_killed_it_keeps_what_came(tmp_path, hub, number):
     if number == signal.SIGINT:
         assert stderr.splitlines()[-1] == "Stopped; run the same command again, it goes on from there."
     if number == signal.SIGTERM:
-        assert "stopped; the same command begins again, or goes on where it can" in stderr
+        assert "stopped; run the same command again to continue" in stderr
     assert "Traceback" not in stderr
     assert (tmp_path / "gemma-3-4b-it.part" / SHARDS[1]).exists()
     assert not (tmp_path / "gemma-3-4b-it").exists()

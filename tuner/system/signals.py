@@ -6,17 +6,17 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 
-REPEAT_SECONDS = (
-    0.3  # seconds: a launcher passes on the Ctrl-C that its processes got already; that is no second one
-)
+# A launcher passes on the Ctrl-C that its processes got already: within this time it is no second one.
+REPEAT_SECONDS = 0.3
+FINISHING = b"\nfinishing this step and saving a checkpoint; press Ctrl-C again to quit now\n"
 
 
-def exit_on_signals(told="stopped; the same command begins again, or goes on where it can"):
-    """Has SIGTERM and a hang-up end the process like Ctrl-C: what was begun aside is cleared away."""
+def exit_on_signals(message="stopped; run the same command again to continue"):
+    """Make SIGTERM and a hang-up end the process as Ctrl-C does, so that temporary files are removed."""
 
     def leave(number, _):
         with suppress(OSError):  # the terminal may be gone
-            os.write(2, f"\n{told}\n".encode())
+            os.write(2, f"\n{message}\n".encode())
         sys.exit(128 + number)
 
     for name in ("SIGTERM", "SIGHUP"):
@@ -25,29 +25,44 @@ def exit_on_signals(told="stopped; the same command begins again, or goes on whe
             signal.signal(number, leave)
 
 
+class StopRequest:
+    """The first signal that asked a run to stop; falsy until one came.
+
+    signal: its number, None before. time: when it came, by time.monotonic().
+    """
+
+    def __init__(self):
+        self.signal = self.time = None
+
+    def __bool__(self):
+        return self.signal is not None
+
+
 @contextmanager
 def stop_requests():
-    """Gives a list that Ctrl-C, SIGTERM and a hang-up put their number into; a second one ends the process.
+    """Give a StopRequest that Ctrl-C, SIGTERM or a hang-up fills in; a second signal ends the process.
 
-    What is ignored already stays so: under nohup, a hang-up is none.
+    A signal that is ignored stays ignored, as a hang-up is under nohup.
     """
-    asked = []
+    request = StopRequest()
 
-    def note(number, _):
-        if asked and time.monotonic() - asked[1] > REPEAT_SECONDS:
+    def handle(number, _):
+        if request and time.monotonic() - request.time > REPEAT_SECONDS:
             os._exit(128 + number)
-        if not asked:
-            asked.extend([number, time.monotonic()])
+        if not request:
+            request.time, request.signal = time.monotonic(), number
             with suppress(OSError):  # the terminal may be gone; print() may be at work already
-                os.write(2, b"\nfinishing what is in hand, to keep it; once more: at once\n")
+                os.write(
+                    2, b"\nfinishing this step and saving a checkpoint; press Ctrl-C again to quit now\n"
+                )
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {n: signal.getsignal(n) for n in numbers}
+    before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         if before[number] != signal.SIG_IGN:
-            signal.signal(number, note)
+            signal.signal(number, handle)
     try:
-        yield asked
+        yield request
     finally:
         for number in numbers:
             signal.signal(number, before[number])
