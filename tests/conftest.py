@@ -1,6 +1,7 @@
 """A tiny Gemma 3, of random weights, in both its classes: the hermetic tests train it in seconds."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -10,6 +11,11 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+
+# Two workers of two threads each wait for one another: with one thread 40 % of the CPU time, a third of the
+# seconds (2 cores, test_train_qlora.py and test_checkpoints.py). Set before torch is loaded; children inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
