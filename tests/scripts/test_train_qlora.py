@@ -767,7 +767,7 @@ def test_a_run_tells_what_it_does_and_where_the_result_is(finished_run, tiny_tex
         r"training   63 rows, 16 a step; 7 rows for validation",
         r"epoch  1/2  step   4  training loss \d\.\d+  validation loss \d\.\d+  decided right \d/7",
         r"epoch  2/2  step   8  training loss \d\.\d+  validation loss \d\.\d+  decided right \d/7",
-        r"memory     resident \d\.\d\d GiB at most",
+        r"memory     peak RAM \d\.\d\d GiB",
         r"time       [\d.]+ s loading, [\d.]+ s training",
         r"adapter    out, of step [48]; its curves: out/loss.png",
         r"next       python compare.py --bits 8 --adapter out",

@@ -427,7 +427,7 @@ def test_what_is_printed_beside_the_bar_keeps_lines_of_its_own(arguments, tmp_pa
     lines = re.split(r"[\r\n]+", process.communicate(timeout=120)[0].decode())
     assert process.returncode == 0
     assert any(line.startswith("training: 100%") and line.endswith("]") for line in lines)
-    assert any(line.startswith("memory     resident") for line in lines)
+    assert any(line.startswith("memory     peak RAM") for line in lines)
 
 
 def test_ctrl_c_of_a_pipe_whose_reader_it_ends_too(arguments, tmp_path):
@@ -684,7 +684,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_taken_over(
     with other_writer(tmp_path / "qlora_output") as pid:
         code, out, errors = typed(*arguments, folder=tmp_path)
         assert (code, out) == (1, "")
-        assert errors == f"qlora_output is being written by process {pid}; wait until that has ended\n"
+        assert errors == f"qlora_output is being written by process {pid}; wait until it has finished\n"
         assert names(tmp_path) == ["qlora_output.lock"]
     assert names(tmp_path) == ["qlora_output.lock"]  # it was killed
     code, _, _ = typed(*arguments, folder=tmp_path)

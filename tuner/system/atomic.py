@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: temp file, fsync, rename, one writer at a time."""
+"""Write files and folders whole or not at all: temp file, fsync, rename; one writer at a time."""
 
 import json
 import os
@@ -6,30 +6,32 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
+
 from tuner.system.errors import UserError
 
 
 def part_path(path):
-    """Returns the path beside `path` that it is written at until it is whole."""
+    """Return the temporary path, beside `path`, at which it is written until it is whole."""
     return path.with_name(path.name + ".part")
 
 
 def fsync_tree(path):
-    """Has the disk keep a file, or a folder and all that is in it, before it gets its name."""
+    """Flush a file, or a folder and everything in it, to disk."""
     for child in path.iterdir() if path.is_dir() else ():
         fsync_tree(child)
     fsync(path)
 
 
 def copy_permissions(folder):
-    """Gives weights the rights of config.json: safetensors 0.8 lets none but their owner read them."""
+    """Give weights the permissions of config.json: safetensors 0.8 lets only their owner read them."""
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 
 
 def fsync(path):
-    """Has the disk keep a file, or the names in a folder."""
-    if path.is_dir() and os.name == "nt":  # Windows syncs no folders
+    """Flush a file, or the names in a folder, to disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot fsync a folder
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -39,21 +41,24 @@ def fsync(path):
 
 
 def read_bytes(path):
-    """Returns a file's bytes; raises OSError for a link, which could lead out of the folder."""
+    """Return a file's bytes. Raise OSError for a symlink, which could lead out of the folder."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     with open(handle, "rb") as file:
         return file.read()
 
 
 def rename_synced(source, target):
-    """Renames a synced file or folder into place, and has the disk keep the new name."""
+    """Rename a file or folder that is on disk into place, and flush its new name too."""
     source.rename(target)
     fsync(target.absolute().parent)
 
 
 @contextmanager
 def open_text(path):
-    """Gives a text file that becomes `path` once it is whole; OSError passes, and an earlier one stays."""
+    """Open a text file that replaces `path` when the body ends; after an exception the old file stays.
+
+    OSError is passed on.
+    """
     part = part_path(Path(path))
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as file:
@@ -65,8 +70,8 @@ def open_text(path):
             part.unlink(missing_ok=True)
 
 
-def write_json(path, value, cure="name another file"):
-    """Writes a JSON file whole; raises UserError with the cure if it cannot."""
+def write_json(path, value, cure="choose another file"):
+    """Write `value` to `path` as JSON, atomically. Raise UserError, with the cure, if that fails."""
     try:
         with open_text(path) as file:
             file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
@@ -75,10 +80,10 @@ def write_json(path, value, cure="name another file"):
 
 
 def check_parent_writable(output):
-    """Returns the folder that `output` is to stand in; raises UserError if it cannot be written to."""
+    """Return the folder that `output` will be in. Raise UserError if it is not writable."""
     parent = Path(output).absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{parent} cannot be written to; name another folder with --output")
+        raise UserError(f"{parent} is not writable; choose another folder with --output")
     return parent
 
 
@@ -88,12 +93,10 @@ def is_empty_folder(path):
 
 @contextmanager
 def exclusive_lock(output):
-    """Holds <output>.lock meanwhile; raises UserError if another process does.
+    """Hold <output>.lock in the body. Raise UserError if another process holds it.
 
-    The lock is the kernel's: a process that dies lets go of it, and the next one takes the file over.
+    The lock is the kernel's: it is released when its process dies, and the next process takes over the file.
     """
-    import filelock
-
     path = Path(output).absolute()
     path = path.with_name(path.name + ".lock")
     lock = filelock.FileLock(path)
@@ -104,11 +107,11 @@ def exclusive_lock(output):
             holder = f"process {int(path.read_text())}"
         except (OSError, ValueError):
             holder = "another process"
-        raise UserError(f"{output} is being written by {holder}; wait until that has ended") from error
+        raise UserError(f"{output} is being written by {holder}; wait until it has finished") from error
     try:
         path.write_text(f"{os.getpid()}\n")
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file
-            path.unlink()  # while it is held: whoever waits for this file sees that it is gone
+        with suppress(OSError):  # Windows cannot remove an open file
+            path.unlink()  # while it is held: a process waiting for this file sees that it is gone
         lock.release()

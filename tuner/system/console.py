@@ -1,4 +1,4 @@
-"""What a person reads: text made safe to print, colors, and lines that stand above a progress bar."""
+"""Print for people: text made safe, colors, wrapped lines, and lines above a progress bar."""
 
 import io
 import os
@@ -7,44 +7,48 @@ import sys
 import textwrap
 from contextlib import suppress
 
+from tqdm import tqdm
+
 
 def printable(text, width=60):
-    """Returns text as one line of at most `width` characters, control characters replaced."""
+    """Return text as one line of at most `width` characters, with control characters replaced."""
     text = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def colorize(text, colour):
-    """Returns text in an ANSI colour, on a terminal that wants one (https://no-color.org)."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return text
-    return f"\x1b[{colour}m{text}\x1b[0m"
+def has_colors():
+    """Return whether stdout is a terminal that wants colors (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def colorize(text, color):
+    """Return text in an ANSI color (its number, a string or an int), as it is where there are none."""
+    return f"\x1b[{color}m{text}\x1b[0m" if has_colors() else text
 
 
 def print_wrapped(text, first="", indent=""):
-    """Prints a model's or a file's text, wrapped: `first` before it, `indent` before its other lines."""
+    """Print a model's or a file's text, wrapped: `first` before its first line, `indent` before others."""
     width = max(40, min(80, shutil.get_terminal_size().columns))
     text = printable(text, 200) or "(nothing)"
     print(textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent))
 
 
 def is_main_process():
-    """Whether this is the process that speaks and writes: the only one, or the first that a launcher made."""
+    """Return whether this process prints and writes: the only one, or the first that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def print_main(text):
+    """Print text, above a progress bar if there is one, in the main process only."""
     if is_main_process():
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode():  # above the bar
+        with tqdm.external_write_mode():
             print(text, flush=True)
 
 
 def ignore_broken_pipes():
-    """Has what is printed after a connection dropped or a pipe closed be lost, instead of ending the run."""
+    """Drop what is printed after a pipe closed or a connection was lost, instead of ending the run."""
 
-    class Steady(io.TextIOWrapper):
+    class UnbreakableStream(io.TextIOWrapper):
         def write(self, text):
             with suppress(OSError):
                 super().write(text)
@@ -58,4 +62,4 @@ def ignore_broken_pipes():
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)
         encoding, errors = old.encoding, old.errors
-        setattr(sys, name, Steady(old.detach(), encoding=encoding, errors=errors))
+        setattr(sys, name, UnbreakableStream(old.detach(), encoding=encoding, errors=errors))

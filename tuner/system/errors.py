@@ -6,10 +6,10 @@ FAULTS_SHOWN = 20
 
 
 class UserError(Exception):
-    """Something that the user can fix: the text says where, what is wrong and the cure, in one line.
+    """Something that the user can fix; the text names the place, the problem and the cure in one line.
 
-    about: what a model hub refused, "token", "license" or "hub"; None if it was no hub.
-    faults: [(line, text), …] for rows of a file in error, all of them; the text shows the first FAULTS_SHOWN.
+    about: what a model hub refused ("token", "license" or "hub"), None if no hub did.
+    faults: all mistakes in a file of rows, [(line, text), …]; the text shows the first FAULTS_SHOWN.
     """
 
     def __init__(self, text, about=None, faults=()):
@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 def rows_error(path, faults):
-    """Return the UserError for [(line, text), …], the mistakes in the file `path`."""
+    """Return the UserError for the mistakes in the file `path`, [(line, text), …]."""
     shown = [f"{printable(str(path), 4096)}:{line}: {text}" for line, text in faults[:FAULTS_SHOWN]]
     if len(faults) > FAULTS_SHOWN:
         shown.append(f"… and {len(faults) - FAULTS_SHOWN} more")
