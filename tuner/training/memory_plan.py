@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from tuner.data import batching
 
+MICRO_BATCH_TOKENS = 2048  # examples × longest example; halved where the GPU's memory is full
+LOGITS_AT_ONCE = 128  # trained tokens, with checkpointing; 262,208 logits each, the largest tensor of all
 BLOCK, NESTED_BLOCK = 64, 256  # weights to a scale, and scales to a scale of theirs (QLoRA, arXiv 2305.14314)
 BYTES_A_WEIGHT = {4: 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK), 8: 1.0}
 # Measured with 40 to 2046 tokens at once, 4 and 8 bits, on an H100 (torch 2.11): what the logits of a trained
@@ -12,15 +14,15 @@ BYTES_A_WEIGHT = {4: 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK), 8: 1.0}
 BYTES_A_LOGIT = 13.2
 HIDDEN_BESIDE_LAYERS = 10
 # As CUDA graphs, without checkpointing, what torch reserves: for a token, in widths of hidden state and MLP a
-# layer; for a logit while its gradient is worked out; and for all else (bytes).
+# layer; for a logit while its gradient is computed; and for everything else (bytes).
 ACTIVATION_WIDTHS = {4: 6.05, 8: 6.35}
 BYTES_A_KEPT_LOGIT = 10
 OVERHEAD_BYTES = 0.34 * 2**30
-EVALUATED = 8  # logits at once, or an eighth of a graph's tokens: what an evaluation has beside graphs
-MAX_GRAPH_TOKENS, MULTIPLE = (
-    4096,
-    8,
-)  # tokens; a mask is as large as their square, and attention wants such multiples
+EVALUATION_LOGITS = (
+    8  # logits at once, or an eighth of a graph's tokens: what an evaluation has beside graphs
+)
+MAX_GRAPH_TOKENS = 4096  # a mask is as large as their square
+MULTIPLE = 8  # tokens: attention wants such multiples
 MEMORY_FRACTION = 0.9  # of what is free on the GPU: training may reserve it, where --memory says nothing
 RESERVED = 1.06  # what torch takes from the card for what it allocates
 CONTEXT = 0.6 * 2**30  # bytes: CUDA's own, and the pages of the optimizer's state (60 MB on 4B)
@@ -44,53 +46,53 @@ GEMMA_3_4B = Dimensions(262_208, 2560, 10_240, 34, 2048, 1024)
 
 
 def read_dimensions(config):
-    """Returns the Dimensions of a config.json, a dict; raises KeyError if it is no Gemma 3's."""
+    """Return the Dimensions of a config.json, a dict; raise KeyError if it is no Gemma 3's."""
     text = config.get("text_config", config)
     head = text["head_dim"]
     sizes = [text[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")]
     return Dimensions(*sizes, text["num_attention_heads"] * head, text["num_key_value_heads"] * head)
 
 
-def text_weights(d):
-    """Returns how many weights the text model's seven projections have: what does the arithmetic."""
-    return d.layers * d.hidden * (2 * d.queries + 2 * d.keys + 3 * d.intermediate)
+def text_weights(dims):
+    """Return how many weights the text model's seven projections have: what does the arithmetic."""
+    return dims.layers * dims.hidden * (2 * dims.queries + 2 * dims.keys + 3 * dims.intermediate)
 
 
-def lora_weights(d, rank):
-    """Returns how many weights LoRA trains: rank × (inputs + outputs) of each projection."""
-    attention = (d.hidden + d.queries) * 2 + (d.hidden + d.keys) * 2
-    return rank * d.layers * (attention + 3 * (d.hidden + d.intermediate))
+def lora_weights(dims, rank):
+    """Return how many weights LoRA trains: rank × (inputs + outputs) of each projection."""
+    attention = (dims.hidden + dims.queries) * 2 + (dims.hidden + dims.keys) * 2
+    return rank * dims.layers * (attention + 3 * (dims.hidden + dims.intermediate))
 
 
-def plain_weights(d):
-    """Returns how many weights stay bf16: the embedding's, which is the output head too."""
-    return d.vocabulary * d.hidden
+def plain_weights(dims):
+    """Return how many weights stay bf16: the embedding's, which is the output head too."""
+    return dims.vocabulary * dims.hidden
 
 
-def peak_bytes(d, bits, rank, tokens, trained_at_once):
-    """Returns the bytes that torch allocates at most while it trains with layers checkpointed.
+def peak_bytes(dims, bits, rank, tokens, logits_at_once):
+    """Return the bytes that torch allocates at most while it trains with layers checkpointed.
 
-    tokens: of the largest micro-batch, rows × longest row; trained_at_once: of these, how many get logits at
+    tokens: of the largest micro-batch, rows × longest row; logits_at_once: of these, how many get logits at
     the same time.
     """
-    activations = 2 * d.hidden * (d.layers + HIDDEN_BESIDE_LAYERS) * tokens
-    logits = BYTES_A_LOGIT * d.vocabulary * trained_at_once
-    return fixed_bytes(d, bits, rank) + activations + logits
+    activations = 2 * dims.hidden * (dims.layers + HIDDEN_BESIDE_LAYERS) * tokens
+    logits = BYTES_A_LOGIT * dims.vocabulary * logits_at_once
+    return fixed_bytes(dims, bits, rank) + activations + logits
 
 
-def fixed_bytes(d, bits, rank):
-    """Returns the bytes of the quantised model, of LoRA in fp32 and of its gradients."""
-    weights = text_weights(d) * BYTES_A_WEIGHT[bits] + 2 * plain_weights(d)
-    return weights + 2 * 4 * lora_weights(d, rank)
+def fixed_bytes(dims, bits, rank):
+    """Return the bytes of the quantized model, of LoRA in fp32 and of its gradients."""
+    weights = text_weights(dims) * BYTES_A_WEIGHT[bits] + 2 * plain_weights(dims)
+    return weights + 2 * 4 * lora_weights(dims, rank)
 
 
-def evaluated_at_once(tokens, trained_at_once):
-    """Returns how many trained tokens an evaluation has logits of at once, beside graphs of `tokens`."""
-    return max(EVALUATED, min(trained_at_once, tokens // EVALUATED))
+def evaluation_logits(tokens, logits_at_once):
+    """Return how many trained tokens an evaluation has logits of at once, beside graphs of `tokens`."""
+    return max(EVALUATION_LOGITS, min(logits_at_once, tokens // EVALUATION_LOGITS))
 
 
 class Plan(NamedTuple):
-    """How many tokens a micro-batch may have: that keeps all activations, and with layers checkpointed.
+    """How many tokens a micro-batch may have: one that keeps all activations, and one with checkpointing.
 
     kept, logits: the bytes that a graph has for one of its tokens, and for the logits of a trained one.
     """
@@ -101,67 +103,67 @@ class Plan(NamedTuple):
     logits: float = 0
 
 
-def make_plans(d, bits, rank, budget, trained_at_once, longest):
-    """Returns the Plans for `budget` bytes of reserved memory and a longest row of so many tokens.
+def make_plans(dims, bits, rank, budget, logits_at_once, longest):
+    """Return the Plans for `budget` bytes of reserved memory and a longest row of `longest` tokens.
 
-    One, if all rows fit into graphs or there is no room for any; else one with and one without.
+    One, if all rows fit into graphs or there is no room for any; else one with graphs and one without.
     """
-    kept = ACTIVATION_WIDTHS[bits] * 2 * (d.hidden + d.intermediate) * d.layers
-    logit = BYTES_A_KEPT_LOGIT * d.vocabulary
+    kept = ACTIVATION_WIDTHS[bits] * 2 * (dims.hidden + dims.intermediate) * dims.layers
+    logit = BYTES_A_KEPT_LOGIT * dims.vocabulary
 
     def graphs(room, evaluation):
         """Tokens; evaluation: 1 if it has its logits beside them, as the memory of graphs is theirs, or 0."""
-        few = (room - evaluation * logit * EVALUATED) / (kept + logit)
-        few = min(few, room / (kept + logit + evaluation * logit / EVALUATED), trained_at_once)
-        tokens = max((room - logit * trained_at_once * (1 + evaluation)) / kept, few)
+        few = (room - evaluation * logit * EVALUATION_LOGITS) / (kept + logit)
+        few = min(few, room / (kept + logit + evaluation * logit / EVALUATION_LOGITS), logits_at_once)
+        tokens = max((room - logit * logits_at_once * (1 + evaluation)) / kept, few)
         return int(min(MAX_GRAPH_TOKENS, max(0, tokens))) // MULTIPLE * MULTIPLE
 
-    again = peak_bytes(d, bits, rank, 1, 0) - peak_bytes(d, bits, rank, 0, 0)
-    checkpointed = (budget / RESERVED - peak_bytes(d, bits, rank, 0, trained_at_once)) / again
+    token = peak_bytes(dims, bits, rank, 1, 0) - peak_bytes(dims, bits, rank, 0, 0)
+    checkpointed = (budget / RESERVED - peak_bytes(dims, bits, rank, 0, logits_at_once)) / token
     checkpointed = int(min(MAX_GRAPH_TOKENS, max(0, checkpointed)))
-    tokens = graphs(budget - OVERHEAD_BYTES - fixed_bytes(d, bits, rank), 1)
+    tokens = graphs(budget - OVERHEAD_BYTES - fixed_bytes(dims, bits, rank), 1)
     if tokens >= longest:
         return [Plan(tokens, checkpointed, kept, logit)]
     # A row that no graph takes has all that it needs beside them, and so has an evaluation.
-    tokens = graphs(budget - OVERHEAD_BYTES - least_bytes(d, bits, rank, longest, trained_at_once), 0)
+    tokens = graphs(budget - OVERHEAD_BYTES - least_bytes(dims, bits, rank, longest, logits_at_once), 0)
     return [Plan(0, checkpointed), *([Plan(tokens, longest, kept, logit)] if tokens else [])]
 
 
-def least_bytes(d, bits, rank, tokens, trained_at_once):
-    """Returns the bytes of reserved memory that a row of so many tokens takes at least."""
-    return peak_bytes(d, bits, rank, tokens, trained_at_once) * RESERVED
+def least_bytes(dims, bits, rank, tokens, logits_at_once):
+    """Return the bytes of reserved memory that a row of `tokens` tokens takes at least."""
+    return peak_bytes(dims, bits, rank, tokens, logits_at_once) * RESERVED
 
 
-def usable_bytes(card):
-    """Returns the bytes that are free on a card of so many GiB, once CUDA has started."""
-    return USABLE * card * 2**30 - CONTEXT
+def usable_bytes(gib):
+    """Return the bytes that are free on a card of `gib` GiB, once CUDA has started."""
+    return USABLE * gib * 2**30 - CONTEXT
 
 
 # Seconds of a micro-batch of few tokens, by number of bits, on an H100 (torch 2.11): as a graph, and with its
-# kernels launched one by one and its layers computed anew.
+# kernels launched one by one and its layers recomputed.
 KERNELS, LAUNCHING = {4: 0.04, 8: 0.055}, {4: 1.1, 8: 0.9}
 
 
 def split_packs(rows, tokens, state):
-    """Returns (packs, long): this process's rows of at most `tokens`, packed, and its longer ones."""
+    """Return (packs, long): this process's rows of at most `tokens`, packed, and its longer ones."""
     own = batching.shard(rows, state)
     long = [row for row in own if batching.length(row) > tokens]
     return batching.group_packed(own[len(long) :], tokens), long
 
 
 def plan_seconds(plan, steps, bits, state):
-    """Returns how long the kernels of steps take, launched as they are by a memory_estimate.Plan.
+    """Return the seconds that the kernels of steps take, launched as a Plan has it.
 
-    steps: the rows of each, by their lengths in tokens.
+    steps: the lengths, in tokens, of the rows of each.
     """
-    graphs = plain = 0
+    graphs = padded = 0
     for lengths in steps:
         packs, long = split_packs([{"input_ids": range(length)} for length in lengths], plan.tokens, state)
         graphs += len(packs)
-        plain += len(batching.group_padded(long, batching.length, plan.checkpointed))
-    return KERNELS[bits] * graphs + LAUNCHING[bits] * plain
+        padded += len(batching.group_padded(long, batching.length, plan.checkpointed))
+    return KERNELS[bits] * graphs + LAUNCHING[bits] * padded
 
 
 def quickest_plan(plans, steps, bits, state):
-    """Returns that of the Plans by which the steps are done first."""
+    """Return the Plan by which the steps are done first."""
     return min(plans, key=lambda plan: plan_seconds(plan, steps, bits, state))
