@@ -36,11 +36,11 @@ def split_rows(rows, recipe):
 
 def epoch_batches(training, epoch, recipe):
     """Return the row numbers of each step of an epoch (1, 2, …): shuffled, recipe.rows_per_step at a time."""
-    order = list(training)
+    order, size = list(training), recipe.rows_per_step
     random.Random(f"{recipe.seed} epoch {epoch}").shuffle(order)
-    return [order[start : start + recipe.rows_per_step] for start in range(0, len(order), recipe.rows_per_step)]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def warmup_steps(steps, recipe):
-    """Return how many of a run's steps the learning rate rises: recipe.warmup_steps, or less in a short run."""
+    """Return for how many of a run's steps the learning rate rises: fewer in a short run."""
     return min(recipe.warmup_steps, int(recipe.warmup_share * steps))

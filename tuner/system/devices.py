@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
@@ -20,6 +21,19 @@ from tuner.system.errors import UserError
 MIN_COMPUTE_CAPABILITY = (7, 5)  # Turing: the oldest GPU with the int8 units that 8-bit layers use
 # How far bitsandbytes' products may be from torch's, relative to these; rounding gives a tenth of it.
 TOLERANCE = {4: 0.02, 8: 0.1}
+CPU_DTYPE = torch.float32  # a CPU without AVX512-BF16 multiplies bf16 some 200 times slower than fp32
+
+
+def start(bits, cpu):
+    """Return (accelerate's PartialState, the dtype to compute in) for training in `bits` on GPUs or a CPU.
+
+    Raise UserError if no GPU here can train, or bitsandbytes multiplies wrongly.
+    """
+    make_cpu_matmul_deterministic()
+    dtype = CPU_DTYPE if cpu else gpu_dtype()
+    state = PartialState(cpu=cpu)
+    check_quantized_matmul(bits, state.device, dtype)
+    return state, dtype
 
 
 def gpu_dtype():

@@ -1,40 +1,39 @@
-"""Write an adapter and read it back; check one against its base."""
+"""An adapter's weights: written and read back, or checked against the base that they are for."""
 
 import json
 import shutil
 from pathlib import Path
 
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load, save
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from tuner.system import atomic
 from tuner.system.console import printable
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, checkpoints, loss_plot
+from tuner.training.adapter_folder import TRAIN_AGAIN
 from tuner.training.checkpoints import CONFIG, WEIGHTS
 
-
-def adapter_bytes(model, base):
-    """Returns how many bytes `write` takes, about."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return weights + sum(path.stat().st_size for path in adapter_folder.tokenizer_files(base)) + 1e6
+# ------------------------------------------------------------------------------------------- writing
 
 
-def write_adapter(output, model, base, run):
-    """Writes adapter, tokenizer, plot and run.json aside, reads the adapter back, and moves all into place.
+def write_adapter(output, model, base, run, resume_command):
+    """Write adapter, tokenizer, loss.png and run.json atomically, after reading the adapter back.
 
-    The adapter's config comes last: without it, no folder holds an adapter. `base` is the folder of the base.
-    Raises OSError if it cannot be written, UserError if a LoRA weight read back differs from the trained one,
-    or an expected lora_B is zero.
+    base: the folder of the base; run: a dict for run.json. The adapter's config comes last: without it, no
+    folder holds an adapter. Raise UserError if it cannot be written, to be retried by resume_command, or a
+    LoRA weight read back is not as trained, not finite, or a lora_B of zeros.
     """
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load
-
     output = Path(output)
     part = output / adapter_folder.PART
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
     try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
         trained = get_peft_model_state_dict(model)
-        (part / WEIGHTS).write_bytes(checkpoints.serialised(trained))
+        (part / WEIGHTS).write_bytes(to_safetensors(trained))
         checkpoints.write_config(model.peft_config["default"], part)
         for path in adapter_folder.tokenizer_files(base):
             shutil.copyfile(path, part / path.name)
@@ -42,75 +41,101 @@ def write_adapter(output, model, base, run):
         (part / "run.json").write_text(text, encoding="utf-8")
         loss_plot.plot(run, part / "loss.png")
         atomic.fsync_tree(part)
-
-        read_back = load((part / WEIGHTS).read_bytes())
-        targets = [name for name, module in model.named_modules() if hasattr(module, "lora_B")]
-        if set(read_back) != set(trained) or sum("lora_B" in name for name in read_back) != len(targets):
-            raise UserError(f"{part}: the adapter read back lacks weights; free the disk and run again")
-        for name, tensor in read_back.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"{part}: {name} is not finite; train with a lower --learning-rate")
-            if not torch.equal(tensor, trained[name].cpu()):
-                raise UserError(f"{part}: {name} read back differs from what was trained; check the disk")
-            if "lora_B" in name and not tensor.any():
-                raise UserError(
-                    f"{part}: {name} is all zeros, nothing was learned there; train for more steps"
-                )
+        check_read_back(part, trained, model)
         for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
             atomic.rename_synced(path, output / path.name)
+    except OSError as error:
+        needed, free = adapter_bytes(model, base), shutil.disk_usage(output).free
+        raise UserError(
+            f"{output}: the adapter could not be written ({error.strerror}); it takes {needed / 1e6:.0f} MB, "
+            f"and {free / 1e6:.0f} MB are free; free some, then resume with: {resume_command}"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def to_safetensors(tensors):
+    """Return {name: tensor} as the bytes of a safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(tensors, metadata={"format": "pt"})
+
+
+def check_read_back(folder, trained, model):
+    """Raise UserError if the adapter in a folder is not {name: tensor} `trained`, or learned nothing."""
+    read_back = load((folder / WEIGHTS).read_bytes())
+    targets = [name for name, module in model.named_modules() if hasattr(module, "lora_B")]
+    if set(read_back) != set(trained) or sum("lora_B" in name for name in read_back) != len(targets):
+        raise UserError(f"{folder}: the adapter read back lacks weights; free some disk space and run again")
+    for name, tensor in read_back.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: {name} is not finite; train with a lower --learning-rate")
+        if not torch.equal(tensor, trained[name].cpu()):
+            raise UserError(f"{folder}: {name} read back differs from what was trained; check the disk")
+        if "lora_B" in name and not tensor.any():
+            raise UserError(f"{folder}: {name} is all zeros, nothing was learned there; train for more steps")
+
+
+def adapter_bytes(model, base):
+    """Return about how many bytes write_adapter takes."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return weights + sum(path.stat().st_size for path in adapter_folder.tokenizer_files(base)) + 1e6
+
+
+# ------------------------------------------------------------------------------------------ checking
+
+
 def check_adapter(folder, base, revision):
-    """Checks an adapter's tensors against those that its config gives on the model in the folder `base`.
+    """Check an adapter's tensors against those that its config gives on the model in the folder `base`.
 
-    `revision` is the base's, or None. Raises UserError for one of another base, one that lacks a module
-    or has another rank, or one with a weight that is not finite or a lora_B that is all zeros.
+    revision: the base's, or None. Raise UserError for an adapter of another base, one that lacks a module or
+    has another rank, or one with a weight that is not finite or a lora_B that is all zeros.
     """
-    import torch
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    other, damaged = f"{folder} was trained on another base", f"{folder} is damaged"
     _, run = adapter_folder.read_adapter(folder)
     if revision and run.get("revision") and run["revision"] != revision:
         versions = f"{printable(str(run['revision']), 12)}, {base} holds {printable(revision, 12)}"
-        raise UserError(f"{other} (revision {versions}); fetch that one, or {adapter_folder.AGAIN}")
+        raise UserError(
+            f"{folder} was trained on another base (revision {versions}); download that one, or {TRAIN_AGAIN}"
+        )
+    expected = expected_tensors(folder, base)
+    with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+        check_shapes(folder, base, file, expected)
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            if not tensor.isfinite().all():
+                raise UserError(f"{folder} is damaged: {name} is not finite; {TRAIN_AGAIN}")
+            if "lora_B" in name and not tensor.any():
+                cure = f"use a later checkpoint, or {TRAIN_AGAIN}"
+                raise UserError(f"{folder}: {name} is all zeros, nothing was learned there; {cure}")
+
+
+def expected_tensors(folder, base):
+    """Return {name: tensor without data} that an adapter's config gives on a base; raise UserError."""
     try:
         config = PeftConfig.from_pretrained(folder)
         config.base_model_name_or_path = str(base)  # a hub's name, and PEFT would warn of the cache's path
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-            expected = get_peft_model_state_dict(get_peft_model(model, config))
+            return get_peft_model_state_dict(get_peft_model(model, config))
     except (ValueError, TypeError, KeyError) as error:
         reason = printable(str(error), 100)
-        raise UserError(
-            f"{folder}/{CONFIG} does not fit {base} ({reason}); {adapter_folder.AGAIN}"
-        ) from error
-    with safe_open(Path(folder) / WEIGHTS, "pt") as file:
-        found = set(file.keys())
-        if extra := sorted(found - set(expected)):
-            raise UserError(f"{other}: {base} has no place for {extra[0]}; {adapter_folder.AGAIN}")
-        for name in sorted(found):
-            # lora_A is (rank, width of the input), lora_B (width of the output, rank).
-            shape, wanted = file.get_slice(name).get_shape(), list(expected[name].shape)
-            rank = 0 if "lora_A" in name else 1
-            if shape[1 - rank] != wanted[1 - rank]:
-                widths = f"{shape[1 - rank]} wide, in {base} {wanted[1 - rank]}"
-                raise UserError(f"{other}: {name} is {widths}; {adapter_folder.AGAIN}")
-            if shape != wanted:
-                ranks = f"rank {shape[rank]}, {CONFIG} says {wanted[rank]}"
-                raise UserError(f"{damaged}: {name} has {ranks}; {adapter_folder.AGAIN}")
-        if missing := sorted(set(expected) - found):
-            raise UserError(
-                f"{damaged}: {missing[0]} and {len(missing) - 1} more are missing; {adapter_folder.AGAIN}"
-            )
-        for name in sorted(found):
-            tensor = file.get_tensor(name)
-            if not tensor.isfinite().all():
-                raise UserError(f"{damaged}: {name} is not finite; {adapter_folder.AGAIN}")
-            if "lora_B" in name and not tensor.any():
-                cure = f"take a later checkpoint, or {adapter_folder.AGAIN}"
-                raise UserError(f"{folder}: {name} is all zeros, nothing was learned there; {cure}")
+        raise UserError(f"{folder}/{CONFIG} does not fit {base} ({reason}); {TRAIN_AGAIN}") from error
+
+
+def check_shapes(folder, base, file, expected):
+    """Raise UserError unless an open safetensors file has the names and shapes of {name: tensor} expected."""
+    names = set(file.keys())
+    other, damaged = f"{folder} was trained on another base", f"{folder} is damaged"
+    if unknown := sorted(names - set(expected)):
+        raise UserError(f"{other}: {base} has no place for {unknown[0]}; {TRAIN_AGAIN}")
+    for name in sorted(names):
+        # lora_A is (rank, width of the input), lora_B (width of the output, rank).
+        shape, expected_shape = file.get_slice(name).get_shape(), list(expected[name].shape)
+        rank = 0 if "lora_A" in name else 1
+        if shape[1 - rank] != expected_shape[1 - rank]:
+            widths = f"{shape[1 - rank]} wide, in {base} {expected_shape[1 - rank]}"
+            raise UserError(f"{other}: {name} is {widths}; {TRAIN_AGAIN}")
+        if shape != expected_shape:
+            ranks = f"rank {shape[rank]}, {CONFIG} says {expected_shape[rank]}"
+            raise UserError(f"{damaged}: {name} has {ranks}; {TRAIN_AGAIN}")
+    if missing := sorted(set(expected) - names):
+        raise UserError(f"{damaged}: {missing[0]} and {len(missing) - 1} more are missing; {TRAIN_AGAIN}")

@@ -1,38 +1,10 @@
-"""Turn the rows of a micro-batch into tensors: padded, or packed."""
+"""Turn the examples of a micro-batch into tensors: padded to the longest, or packed end to end."""
 
-
-def collate_packed(pack, length, slots, pad_id):
-    """Returns what a packed micro-batch consists of, on the CPU.
-
-    input_ids, positions (each row's own), documents (which row; −1 where it is padded): (length,)
-    places, targets: (slots,), where a trained token is predicted, and that token; −100 where there is none.
-    """
-    import torch
-
-    ids, positions, documents, places, targets = [], [], [], [], []
-    for number, example in enumerate(pack):
-        start = len(ids)
-        for place, label in enumerate(example["labels"][1:]):
-            if label != -100:
-                places.append(start + place)
-                targets.append(label)
-        ids += example["input_ids"]
-        positions += range(len(example["input_ids"]))
-        documents += [number] * len(example["input_ids"])
-    rest, unused = length - len(ids), slots - len(places)
-    return {
-        "input_ids": torch.tensor(ids + [pad_id] * rest),
-        "positions": torch.tensor(positions + [0] * rest),
-        "documents": torch.tensor(documents + [-1] * rest),
-        "places": torch.tensor(places + [0] * unused),
-        "targets": torch.tensor(targets + [-100] * unused),
-    }
+import torch
 
 
 def collate_padded(examples, pad_id, device):
-    """Returns input_ids, attention_mask, labels as tensors (rows, longest row); pads are masked in both."""
-    import torch
-
+    """Return input_ids, attention_mask, labels: (examples, longest example). Pads are masked in both."""
     longest = max(len(e["input_ids"]) for e in examples)
 
     def tensor(key, filler):
@@ -40,3 +12,29 @@ def collate_padded(examples, pad_id, device):
         return torch.tensor(rows, device=device)
 
     return tensor("input_ids", pad_id), tensor("attention_mask", 0), tensor("labels", -100)
+
+
+def collate_packed(pack, length, slots, pad_id):
+    """Return a packed micro-batch, a dict of tensors on the CPU.
+
+    input_ids, position_ids (from 0 in each example), sequence_ids (which example; −1 for padding): (length,)
+    loss_positions, targets: (slots,), where a trained token is predicted, and that token; −100 if unused.
+    """
+    input_ids, position_ids, sequence_ids, loss_positions, targets = [], [], [], [], []
+    for number, example in enumerate(pack):
+        start = len(input_ids)
+        for position, label in enumerate(example["labels"][1:]):
+            if label != -100:
+                loss_positions.append(start + position)
+                targets.append(label)
+        input_ids += example["input_ids"]
+        position_ids += range(len(example["input_ids"]))
+        sequence_ids += [number] * len(example["input_ids"])
+    padding, unused = length - len(input_ids), slots - len(loss_positions)
+    return {
+        "input_ids": torch.tensor(input_ids + [pad_id] * padding),
+        "position_ids": torch.tensor(position_ids + [0] * padding),
+        "sequence_ids": torch.tensor(sequence_ids + [-1] * padding),
+        "loss_positions": torch.tensor(loss_positions + [0] * unused),
+        "targets": torch.tensor(targets + [-100] * unused),
+    }

@@ -18,9 +18,8 @@ HIDDEN_BESIDE_LAYERS = 10
 ACTIVATION_WIDTHS = {4: 6.05, 8: 6.35}
 BYTES_A_KEPT_LOGIT = 10
 OVERHEAD_BYTES = 0.34 * 2**30
-EVALUATION_LOGITS = (
-    8  # logits at once, or an eighth of a graph's tokens: what an evaluation has beside graphs
-)
+EVALUATION_LOGITS = 8  # at once, or an eighth of a graph's tokens: what an evaluation has beside graphs
+EVALUATION_TOKENS = 256  # at least, at a time in an evaluation: without a gradient they take little memory
 MAX_GRAPH_TOKENS = 4096  # a mask is as large as their square
 MULTIPLE = 8  # tokens: attention wants such multiples
 MEMORY_FRACTION = 0.9  # of what is free on the GPU: training may reserve it, where --memory says nothing
