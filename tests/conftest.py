@@ -12,8 +12,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-# Two threads in each of two workers wait for one another: one each took 40 % of the CPU time and a third of the
-# seconds (2 cores, tests of training and checkpoints). Set before torch is loaded; children inherit it.
+# Two threads in each of two workers wait for one another: one each takes 40 % of the CPU time and a third
+# of the seconds (2 cores, tests of training and checkpoints). Before torch is loaded; children inherit it.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
