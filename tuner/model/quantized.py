@@ -1,47 +1,48 @@
-"""Multiply by layers of 4 and 8 bits without waiting for the GPU, as a CUDA graph must."""
+"""Multiply by 4-bit and 8-bit layers without waiting for the GPU, as a CUDA graph must."""
 
-from types import SimpleNamespace
-
-
-def four_bits(layer):
-    """Returns product(values) and back(gradient) of a layer of 4 bits: × weight transposed, and × weight."""
-    import bitsandbytes
-
-    state = layer.weight.quant_state
-
-    def product(values):
-        return bitsandbytes.matmul_4bit(values, layer.weight, quant_state=state)
-
-    def back(gradient):
-        return gradient @ bitsandbytes.functional.dequantize_4bit(layer.weight, state).to(gradient.dtype)
-
-    return SimpleNamespace(product=product, back=back)
+import bitsandbytes
+import torch
 
 
-def eight_bits(layer):
-    """Returns product(values) and back(gradient) of a layer of 8 bits: × weight transposed, and × weight.
+class NF4Linear:
+    """The two products of a 4-bit layer: its inputs × weightᵀ, and its gradient × weight."""
+
+    def __init__(self, layer):
+        self.layer, self.quant_state = layer, layer.weight.quant_state
+
+    def forward(self, inputs):
+        return bitsandbytes.matmul_4bit(inputs, self.layer.weight, quant_state=self.quant_state)
+
+    def backward(self, grad_output):
+        weight = bitsandbytes.functional.dequantize_4bit(self.layer.weight, self.quant_state)
+        return grad_output @ weight.to(grad_output.dtype)
+
+
+class Int8Linear:
+    """The two products of an 8-bit layer: its inputs × weightᵀ, and its gradient × weight.
 
     LLM.int8 (arXiv 2208.07339) multiplies the columns that have an outlier in 16 bits. bitsandbytes 0.50.2
-    waits for the GPU to tell which they are, and a graph cannot. Here all are so multiplied, the others as 0.
+    waits for the GPU to say which these are, and a graph cannot. Here all columns are multiplied that way,
+    those without an outlier as zeros.
     """
-    import torch
 
-    if layer.weight.CB is not None:
-        layer.init_8bit_state()
-    state = layer.state
-    scale = state.SCB / 127  # of an output; what is multiplied by it here is smaller than the weight
+    def __init__(self, layer):
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+        self.state = layer.state
+        self.scale = self.state.SCB / 127  # of each output; smaller than the weight, so multiplied first
 
-    def product(values):
-        half = values.half()
+    def forward(self, inputs):
+        state = self.state
+        half = inputs.half()
         outliers = half.abs() >= state.threshold
         columns = outliers.any(0)
         rows, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half.masked_fill_(outliers, 0), 0.0)
         rows.masked_fill_(columns, 0)
-        dtype = values.dtype
-        result = torch.ops.bitsandbytes.int8_scaled_mm(rows, state.CB, scales, state.SCB, dtype=dtype)
-        return result.add_((values.masked_fill(~columns, 0) @ state.CB.to(dtype).t()).mul_(scale))
+        dtype = inputs.dtype
+        output = torch.ops.bitsandbytes.int8_scaled_mm(rows, state.CB, scales, state.SCB, dtype=dtype)
+        in_16_bits = inputs.masked_fill(~columns, 0) @ state.CB.to(dtype).t()
+        return output.add_(in_16_bits.mul_(self.scale))
 
-    def back(gradient):
-        return (gradient * scale).to(gradient.dtype) @ state.CB.to(gradient.dtype)
-
-    return SimpleNamespace(product=product, back=back)
+    def backward(self, grad_output):
+        return (grad_output * self.scale).to(grad_output.dtype) @ self.state.CB.to(grad_output.dtype)
