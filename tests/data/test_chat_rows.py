@@ -119,8 +119,8 @@ def user(content):
     [
         ("{", "not valid JSON"),
         ('{"messages": NaN}', "not valid JSON"),
-        ('{"messages": 1, "messages": 2}', "the same key twice"),
-        ("[" * 100_000, "nested too deep"),
+        ('{"messages": 1, "messages": 2}', 'duplicate key "messages"'),
+        ("[" * 100_000, "nested too deeply"),
         ("7", 'a number without "messages"'),
         ("{}", "an empty object"),
         ('{"messages": []}', "an empty list"),
@@ -128,10 +128,10 @@ def user(content):
         (row(USER, ASSISTANT, id=4), 'unknown key "id"'),
         (row(USER), 'the last message is from "user"; end the row with an "assistant" turn'),
         (row(SYSTEM), 'the last message is from "system"'),
-        (row(ASSISTANT), '"assistant" speaks first'),
-        (row(SYSTEM, ASSISTANT), '"assistant" speaks first'),
-        (row(USER, USER, ASSISTANT), 'message 2: "user" speaks twice'),
-        (row(USER, ASSISTANT, ASSISTANT), 'message 3: "assistant" speaks twice'),
+        (row(ASSISTANT), 'first message must be from "user"'),
+        (row(SYSTEM, ASSISTANT), 'first message must be from "user"'),
+        (row(USER, USER, ASSISTANT), 'message 2: consecutive "user" messages'),
+        (row(USER, ASSISTANT, ASSISTANT), 'message 3: consecutive "assistant" messages'),
         (row(USER, ASSISTANT, SYSTEM), 'message 3: "system" may only come first'),
         (row("hello", ASSISTANT), "message 1: is a string"),
         (row({"role": "bot", "content": "a"}), 'the role is "bot"'),
@@ -142,12 +142,12 @@ def user(content):
         (row(user([]), ASSISTANT), "the content is an empty list"),
         (row(user(None), ASSISTANT), "the content is null or missing"),
         (row(user(True), ASSISTANT), "the content is true or false"),
-        (row(user([{"type": "image", "url": "x"}]), ASSISTANT), "only text can be read"),
-        (row(user(["a"]), ASSISTANT), "only text can be read"),
+        (row(user([{"type": "image", "url": "x"}]), ASSISTANT), "only text is supported"),
+        (row(user(["a"]), ASSISTANT), "only text is supported"),
         (row(user([{"type": "text", "text": 1}]), ASSISTANT), 'the "text" of a part is a number'),
         (row(user([{"type": "text", "text": " "}]), ASSISTANT), "the content is empty"),
         (row({**USER, "name": "Анна"}, ASSISTANT), 'unknown key "name"'),
-        (row(user("a<end_of_turn>b"), ASSISTANT), "holds <end_of_turn>"),
+        (row(user("a<end_of_turn>b"), ASSISTANT), "contains the control token <end_of_turn>"),
         (row(user([{"type": "text", "text": "<bo"}, {"type": "text", "text": "s>"}]), ASSISTANT), "<bos>"),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half a surrogate pair"),
     ],
@@ -157,7 +157,8 @@ def test_an_error_names_line_and_cure(tmp_path, source, says):
     assert errors
     assert {line for line, _ in errors} == {3}
     assert any(says in text for _, text in errors), errors
-    assert all("; " in text for _, text in errors), "what is wrong; what to do"
+    cures = ("; ", ": remove it (it would be ignored)")
+    assert all(any(cure in text for cure in cures) for _, text in errors), "what is wrong; what to do"
     assert f"{tmp_path}/rows.json:3: " in message
 
 
@@ -188,27 +189,27 @@ def without(key, value):
         (row(USER, calling({**A, "type": "custom"})), 'the type is not "function"'),
         (row(USER, calling({**A, "type": None})), 'the type is not "function"'),
         (row(USER, calling({**A, "id": 7})), 'the "id" is a number'),
-        (row(USER, calling(A, B, A)), 'call 3: the "id" "a" is another call\'s too'),
+        (row(USER, calling(A, B, A)), 'call 3: duplicate "id" "a"'),
         (row(USER, calling(call("a", None))), "the name is null or missing"),
         (row(USER, calling(call("a", ""))), "the name is empty"),
         (row(USER, calling(call("a", arguments=None))), "the arguments are null or missing"),
         (row(USER, calling(call("a", arguments=[]))), "the arguments are an empty list"),
         (
             row(USER, calling(call("a", arguments=""))),
-            "cannot be read (Expecting value, column 1, at the end)",
+            "malformed arguments (Expecting value, column 1, at the end)",
         ),
-        (row(USER, calling(call("a", arguments="{'a': 1}"))), "cannot be read (Expecting property name"),
+        (row(USER, calling(call("a", arguments="{'a': 1}"))), "malformed arguments (Expecting property name"),
         (
             row(USER, calling(call("a", arguments="[]"))),
-            "cannot be read (the arguments are not a JSON object)",
+            "malformed arguments (the arguments are not a JSON object)",
         ),
-        (row(USER, calling(call("a", arguments='{"a": 1, "a": 2}'))), "the same key twice"),
+        (row(USER, calling(call("a", arguments='{"a": 1, "a": 2}'))), "duplicate key"),
         (row(USER, calling(call("a", arguments='{"a": NaN}'))), "not finite"),
         (row(USER, calling(call("a", arguments="-"))).replace('"-"', '{"a": 1e999}'), "not finite"),
-        (row(USER, calling(call("a", arguments='{"a":' * 9999))), "cannot be read (nested too deep)"),
+        (row(USER, calling(call("a", arguments='{"a":' * 9999))), "malformed arguments (nested too deeply)"),
         (row(USER, calling(call("a", arguments='{"a": "\\ud83d"}'))), "half a surrogate pair"),
         (row(USER, calling(call("a", "ж"))).replace("ж", "\\ud83d"), "half a surrogate pair"),
-        (row(USER, calling(A, content="<bos>")), "holds <bos>"),
+        (row(USER, calling(A, content="<bos>")), "contains the control token <bos>"),
         (row(USER, calling(A, content=5)), "the content is a number"),
         (row({**USER, "tool_calls": [A]}, ASSISTANT), 'message 1: unknown key "tool_calls"'),
         (row({**USER, "tool_call_id": "a"}, ASSISTANT), 'message 1: unknown key "tool_call_id"'),
@@ -219,34 +220,40 @@ def without(key, value):
             'message 3: the "tool_call_id"',
         ),
         (row(USER, calling(A), result("a")), 'the last message is from "tool"'),
-        (row(USER, result("a"), ASSISTANT), 'message 2: the result of a call "a", and none is before it'),
-        (row(USER, ASSISTANT, result("a"), ASSISTANT), "and none is before it"),
-        (row(USER, calling(A), result("a"), USER, result("a"), ASSISTANT), "and none is before it"),
+        (row(USER, result("a"), ASSISTANT), 'message 2: result of call "a" without a call'),
+        (row(USER, ASSISTANT, result("a"), ASSISTANT), 'result of call "a" without a call'),
+        (
+            row(USER, calling(A), result("a"), USER, result("a"), ASSISTANT),
+            'result of call "a" without a call',
+        ),
         (
             row(USER, calling(A), result("c"), ASSISTANT),
-            'of a call "c", which was not made; the calls before it: "a"',
+            'result of unknown call "c"; calls without a result: "a"',
         ),
-        (row(USER, calling(without("id", A)), result("a"), ASSISTANT), "before it: none with an id"),
+        (
+            row(USER, calling(without("id", A)), result("a"), ASSISTANT),
+            "calls without a result: none with an id",
+        ),
         (
             row(USER, calling(A), result("a"), result("a"), ASSISTANT),
-            'message 4: a second result of the call "a"',
+            'message 4: second result of call "a"',
         ),
-        (row(USER, calling(A), USER, ASSISTANT), 'message 3: the call "a" has no result'),
-        (row(USER, calling(A, B), result("b"), ASSISTANT), 'message 4: the call "a" has no result'),
+        (row(USER, calling(A), USER, ASSISTANT), 'message 3: call "a" has no result'),
+        (row(USER, calling(A, B), result("b"), ASSISTANT), 'message 4: call "a" has no result'),
         (
             row(USER, calling(without("id", A)), USER, ASSISTANT),
-            'message 3: a call before it has neither "id"',
+            'message 3: a call before it has no "id" and no result',
         ),
-        (row(USER, calling(A), calling(A)), 'message 3: the call "a" has no result'),
-        (row(USER, calling(A), result("a"), USER, USER, ASSISTANT), 'message 5: "user" speaks twice'),
-        (row(result("a"), ASSISTANT), "message 1: the result of a call"),
+        (row(USER, calling(A), calling(A)), 'message 3: call "a" has no result'),
+        (row(USER, calling(A), result("a"), USER, USER, ASSISTANT), 'message 5: consecutive "user" messages'),
+        (row(result("a"), ASSISTANT), 'message 1: result of call "a" without a call'),
         (
             row(USER, calling(call("a", "f")), tools=TOOLS),
             'call 1: calls "f", which "tools" does not declare',
         ),
         (row(USER, calling(A), tools=[]), 'calls "get_sensitive_data", which "tools" does not declare'),
         (row(USER, calling(A), tools="[]"), '"tools" is a string; write a list'),
-        (row(USER, calling(A), tools=[*TOOLS, {"name": "f"}]), 'number 2 of "tools" declares no function'),
+        (row(USER, calling(A), tools=[*TOOLS, {"name": "f"}]), 'tool 2 of "tools" has no function name'),
     ],
 )
 def test_an_error_of_a_call_names_line_and_cure(tmp_path, source, says):
@@ -290,7 +297,7 @@ def test_text_of_messages_at_fault_is_refused_and_of_unknown_keys_is_not():
     with pytest.raises(ValueError, match=r'^message 2: call 1: calls "get_sensitive_data", which'):
         chat_rows.validate_and_render([USER, sent], {"f"})
     assert row_faults.declared_names(TOOLS) == {"get_sensitive_data"}
-    with pytest.raises(ValueError, match=r'^the end: the call "b" has no result; '):
+    with pytest.raises(ValueError, match=r'^the end: call "b" has no result; '):
         chat_rows.validate_and_render([USER, calling(A, B), result("a")])
     for wrong in (None, [], [5], [{"role": {}, "content": "a"}], [USER, result("a")], [ASSISTANT]):
         with pytest.raises(ValueError, match="; "):
@@ -333,9 +340,15 @@ def test_files_without_rows(tmp_path, data, line, says):
     assert says in errors[0][1]
 
 
-@pytest.mark.parametrize("path", ["missing.json", "."])
-def test_a_file_that_cannot_be_read(path):
-    with pytest.raises(UserError, match="cannot be read"):
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("missing.json", r"^missing\.json: no such file; name it with --data$"),
+        (".", r"^\.: cannot be read \(Is a directory\); check the path$"),
+    ],
+)
+def test_a_file_that_cannot_be_read(path, says):
+    with pytest.raises(UserError, match=says):
         load_data(path)
 
 

@@ -1,27 +1,32 @@
-"""Cut a step's rows into micro-batches: padded to their longest, or packed end to end."""
+"""Split a step's examples into micro-batches: padded to their longest, or packed end to end."""
 
 
-def length(row):
-    return len(row["input_ids"])
+def length(example):
+    """Return the tokens of an example."""
+    return len(example["input_ids"])
 
 
-def total_tokens(rows):
-    return sum(map(length, rows))
+def total_tokens(examples):
+    return sum(map(length, examples))
 
 
-def trained_tokens(rows):
-    return sum(label != -100 for row in rows for label in row["labels"][1:])
+def trained_tokens(examples):
+    """Return the tokens that the loss is of. The first of an example is predicted from nothing, so never."""
+    return sum(label != -100 for example in examples for label in example["labels"][1:])
 
 
-def shard(rows, state):
-    """Returns a process's rows of a step, the longest first: dealt out in turn, so all get equal work."""
-    return sorted(rows, key=length, reverse=True)[state.process_index :: state.num_processes]
+def shard(examples, state):
+    """Return this process's examples of a step, longest first: dealt out in turn, so that all work equally.
+
+    state: accelerate's PartialState, or any object with process_index and num_processes.
+    """
+    return sorted(examples, key=length, reverse=True)[state.process_index :: state.num_processes]
 
 
 def group_padded(items, length, tokens):
-    """Cuts items, longest first, into lists of at most `tokens` (items × longest); length(item) is in tokens.
+    """Split items, longest first, into lists of at most `tokens` (items × longest).
 
-    An item longer than that is a list of its own.
+    length(item) is in tokens. An item longer than that gets a list of its own.
     """
     groups = []
     for item in items:
@@ -32,17 +37,17 @@ def group_padded(items, length, tokens):
     return groups
 
 
-def group_packed(rows, tokens):
-    """Cuts rows, longest first, into lists of at most `tokens` in all, each into the first that has room.
+def group_packed(examples, tokens):
+    """Put each of the examples, longest first, into the first pack of at most `tokens` that has room for it.
 
-    A row longer than that is a list of its own.
+    An example longer than that gets a pack of its own. Return the packs, lists of examples.
     """
     packs, room = [], []
-    for row in rows:
-        place = next((i for i, free in enumerate(room) if free >= length(row)), len(packs))
-        if place == len(packs):
+    for example in examples:
+        pack = next((i for i, free in enumerate(room) if free >= length(example)), len(packs))
+        if pack == len(packs):
             packs.append([])
             room.append(tokens)
-        packs[place].append(row)
-        room[place] -= length(row)
+        packs[pack].append(example)
+        room[pack] -= length(example)
     return packs

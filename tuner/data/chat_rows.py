@@ -5,14 +5,14 @@ from tuner.system.errors import rows_error
 
 
 def validate_and_render(messages, names=None):
-    """Returns [{"role", "content": str}, …]: messages as the model learns and reads them, calls as text.
+    """Return [{"role", "content": str}, …]: messages as the model learns and reads them, calls as text.
 
-    An assistant's tool_calls become a tag each (tool_call.write), on lines of their own after its words; the
-    results of its calls become one user turn, a tag each (tool_call.write_result), in the order of the calls,
-    and what the user says right after them follows in that turn, as it stands: only results are escaped.
-    names: of the tools that may be called (names_of), None for any. Keys that no role has are ignored.
-    Raises ValueError for messages that are at fault, all faults in it as lines `message 3: what is wrong;
-    what to do`; who speaks last is not looked at.
+    Each of an assistant's tool_calls becomes a tag (tool_call.format_call) on its own line after the text.
+    The results of its calls become one user turn, a tag each (tool_call.format_result), in the order of the
+    calls; what the user says right after them follows in that turn unchanged: only results are escaped.
+    names: of the tools that may be called (row_faults.declared_names), None for any. Unknown keys are
+    ignored. Raise ValueError with a line for each fault, `message 3: what is wrong; what to do`; the role of
+    the last message is not checked.
     """
     faults = list(row_faults.conversation_faults(messages, names, strict=False))
     if faults:
@@ -21,10 +21,10 @@ def validate_and_render(messages, names=None):
 
 
 def read_rows(path):
-    """Returns [(line, row), …] of a file: JSON lines or one JSON array, UTF-8 with or without BOM.
+    """Return [(line, row), …] of a file: JSON lines or one JSON array, UTF-8 with or without BOM.
 
-    A row is {"messages": [{"role", "content": str}, …]}, whatever form it has in the file (see as_text).
-    Raises UserError that lists every row in error; a row that is not perfect is never skipped or mended.
+    A row is {"messages": [{"role", "content": str}, …]}, whatever its form in the file (validate_and_render).
+    Raise UserError that lists every row in error; no row is skipped or repaired silently.
     """
     rows, errors = [], []
     for line, value, fault in json_lines.read_values(path):

@@ -1,6 +1,6 @@
-"""The grammar of a tool call as text: reads what a model writes, says where it deviates, writes it right.
+"""The grammar of a tool call as text: parse what a model writes, name its deviations, format it canonically.
 
-Canonical is <tool_call name="get_sensitive_data" arguments="{}"/>, quotes within a value written as &quot;.
+Canonical is <tool_call name="get_sensitive_data" arguments="{}"/>, quotes within a value as &quot;.
 """
 
 import html
@@ -11,7 +11,7 @@ from contextlib import suppress
 from html.entities import html5
 from typing import NamedTuple
 
-INCOMPLETE = "the tag is not closed"  # read's reason where more text could still make a call
+INCOMPLETE = "the tag is not closed"  # parse_at's reason where more text could complete a call
 CLOSING_TAG = "</tool_call>"
 ATTRIBUTES = ("name", "arguments")
 MAX_DIGITS = 4300  # of an integer: what int() takes since Python 3.10.7, whose time is quadratic
@@ -19,7 +19,7 @@ MAX_DIGITS = 4300  # of an integer: what int() takes since Python 3.10.7, whose 
 NO_OBJECT = "the arguments are not a JSON object"
 BLANK = " \t\r\n"
 OPENING = re.compile(rf"<([{BLANK}]*)tool_call")
-# These two match anywhere, if need be nothing: the empty groups tell what is lacking.
+# These two match anywhere, even nothing: empty groups show what is missing.
 ATTRIBUTE = re.compile(rf"([{BLANK}]*)([^{BLANK}=\"'<>/]*)([{BLANK}]*)(=?)([{BLANK}]*)([\"']?)")
 END = re.compile(rf"([{BLANK}]*)(/?)([{BLANK}]*)(>?)")
 RAW = re.compile(rf'[{BLANK}]*({{)[{BLANK}]*"')
@@ -28,8 +28,8 @@ DIGITS = re.compile(r"&#[0-9]{10}")  # html.unescape gives them to int()
 CUT_REFERENCE = re.compile(r"&(#[0-9]{0,9}|#[xX][0-9a-fA-F]{0,9}|[0-9A-Za-z]{0,31})\Z")
 CLOSERS = {"{": "}", "[": "]"}
 JSON_MARK = re.compile(r'"[^"\\]*(?:\\.?[^"\\]*)*("?)|[][{}]')
-# Whatever JSON is cut short, one of these and the closing brackets make it whole: TAILS outside a string. The
-# long exponents bring back a number that has too many digits for a float.
+# One of these and the closing brackets complete any truncated JSON; TAILS are for outside a string. The long
+# exponents make a number finite that has too many digits for a float.
 TAILS = ("", ":0", "rue", "ue", "e", "alse", "lse", "se", "ull", "ll", "l")
 TAILS += ("0", "0e-99999999", "-99999999", "99999999", "{}")
 ESCAPE_TAILS = ("", "n", "0000")
@@ -39,15 +39,15 @@ TRACE = re.compile(r"tool_call|<tool[\w-]*(\s+\w+\s*=|\s*/?>)", re.IGNORECASE)
 class Call(NamedTuple):
     name: str
     arguments: dict
-    deviations: tuple[str, ...]  # from the canonical form, in a few words each; () is canonical
+    deviations: tuple[str, ...]  # from the canonical form, a few words each; () if canonical
 
 
 def parse_at(text, position=0):
-    """Reads the call that begins exactly at position: (call, end, None), or (None, position, reason).
+    """Parse the call that begins exactly at position: return (call, end, None) or (None, position, reason).
 
-    The reason is INCOMPLETE if more text could make it a call, and never if none could; a character reference
-    cut short (&quo) counts as any character. A call without the slash ends after its CLOSING_TAG if that is
-    all there, otherwise after its >. Raises nothing.
+    The reason is INCOMPLETE if, and only if, more text could make it a call; a truncated character reference
+    (&quo) counts as any character. A call without the slash ends after its CLOSING_TAG if that follows in
+    full, otherwise after its >. Raise nothing.
     """
     try:
         return *_read(text, position), None
@@ -56,11 +56,11 @@ def parse_at(text, position=0):
     except ValueError as error:
         return None, position, str(error)
     except RecursionError:
-        return None, position, "the arguments are nested too deep"
+        return None, position, "the arguments are nested too deeply"
 
 
 def parse(text):
-    """Returns (call, None) if the whole text, stripped of nothing, is one call, otherwise (None, reason)."""
+    """Return (call, None) if the whole text, not stripped, is one call, otherwise (None, reason)."""
     opening = OPENING.search(text)
     start = opening.start() if opening else 0
     call, end, reason = parse_at(text, start)
@@ -72,35 +72,35 @@ def parse(text):
 
 
 def split_text(text, more=False):
-    """Cuts a text into ([what is said (str) or called (Call), …], rest); malformed tags are said.
+    """Split a text into ([str or Call, …], rest); malformed tags count as text.
 
-    With `more` to come, rest is the end of the text that it could make a call of, or a longer one: put it
-    before what comes. Without, it is empty. So pieces cut anywhere say and call the same as the whole.
+    more: whether text follows. If so, rest is the end of the text that may become a call, or a longer one:
+    prepend it to what follows. Otherwise it is empty. Chunks split anywhere give the same as the whole text.
     """
-    parts, said, start = [], 0, text.find("<")
+    parts, text_start, start = [], 0, text.find("<")
     while start >= 0:
         call, end, reason = parse_at(text, start)
         unclosed = call and "no closing slash" in call.deviations and "closing tag" not in call.deviations
         if more and (reason == INCOMPLETE or (unclosed and CLOSING_TAG.startswith(text[end:]))):
             break
         if call:
-            parts += [text[said:start], call]
-            said = end
+            parts += [text[text_start:start], call]
+            text_start = end
         start = text.find("<", end if call else start + 1)
     rest = start if start >= 0 else len(text)
-    parts.append(text[said:rest])
+    parts.append(text[text_start:rest])
     return [part for part in parts if part != ""], text[rest:]
 
 
 def looks_like_call(text):
-    """Whether the text holds any trace of a call, well-formed or not."""
+    """Return whether the text has any trace of a call, well-formed or not."""
     return TRACE.search(text) is not None
 
 
 def format_call(name, arguments):
-    """Returns the canonical text; arguments are a dict, or one written as JSON.
+    """Return the canonical text of a call; arguments are a dict, or one as JSON text.
 
-    Raises ValueError, or as json.dumps, if it would not be read back.
+    Raise ValueError, or what json.dumps raises, if it would not be parsed back to the same.
     """
     if isinstance(arguments, str):
         arguments = _object(arguments)
@@ -112,15 +112,15 @@ def format_call(name, arguments):
 
 
 def format_tag(name, source):
-    """Returns the tag of a call whose arguments are this text, JSON or not: read tells."""
+    """Return the tag of a call whose arguments are the text `source`, which need not be JSON."""
     return f'<tool_call name="{_attribute(name)}" arguments="{_attribute(source)}"/>'
 
 
 def format_result(name, content):
-    """Returns <tool_result name="…">…</tool_result>: what a call gave, as the user's side tells the model.
+    """Return <tool_result name="…">…</tool_result>: the result of a call, as part of a user turn.
 
-    &, < and > of the content are written as &amp;, &lt; and &gt;: it can end or begin no tag and
-    hold no control token. html.unescape gives it back.
+    &, < and > of the content become &amp;, &lt; and &gt;, so that it can neither open nor close a tag, nor
+    contain a control token. html.unescape restores it.
     """
     return f'<tool_result name="{_attribute(name)}">{html.escape(content, quote=False)}</tool_result>'
 
@@ -130,7 +130,7 @@ def _attribute(value):
 
 
 def _read(text, position):
-    """Returns (call, end); ValueError or RecursionError if there is none."""
+    """Return (call, end). Raise ValueError or RecursionError if there is no call."""
     opening = OPENING.match(text, position)
     if not opening:
         start = text[position : position + 1] + text[position + 1 :].lstrip(BLANK)
@@ -142,7 +142,7 @@ def _read(text, position):
         at, following = match.end(), text[match.end(2) : match.end(2) + 1]
         missing = [known for known in ATTRIBUTES if known not in values]
         if not attribute and following:
-            raise ValueError(f"no {missing[0]}" if following in "/>" else "no attribute where one belongs")
+            raise ValueError(f"no {missing[0]}" if following in "/>" else "an attribute is missing")
         if attribute and not gap:
             raise ValueError("no space before an attribute")
         if attribute not in missing and (following or not any(m.startswith(attribute) for m in missing)):
@@ -168,12 +168,12 @@ def _read(text, position):
         "no closing slash": not slash,
         "closing tag": closing,
     }
-    call = Call(**values, deviations=tuple(words for words, found in deviations.items() if found))
+    call = Call(**values, deviations=tuple(name for name, deviates in deviations.items() if deviates))
     return call, match.end() + len(CLOSING_TAG) * closing
 
 
 def _value(text, start, quote, attribute):
-    """Returns (value, index after its closing quote) of the attribute whose value begins at start."""
+    """Return (value, index after its closing quote) of the attribute whose value begins at start."""
     end = text.find(quote, start)
     value = _unescape(text[start:end] if end >= 0 else CUT_REFERENCE.sub("", text[start:]))
     if end < 0 and (attribute == "name" or _can_grow(value)):
@@ -186,7 +186,7 @@ def _value(text, start, quote, attribute):
 
 
 def _raw_value(text, start):
-    """Does what _value does, for arguments with double quotes within double quotes."""
+    """Do what _value does, for arguments with double quotes within double quotes."""
     try:
         value, end = DECODER.raw_decode(text, start)
     except ValueError:
@@ -194,7 +194,7 @@ def _raw_value(text, start):
             raise ValueError(INCOMPLETE) from None
         raise
     if _unescape(text[start:end]) != text[start:end]:
-        raise ValueError("&…; beside raw quotes")  # meant as it stands or escaped: no one can tell
+        raise ValueError("character references beside raw quotes")  # literal or escaped: ambiguous
     end = END.match(text, end).end(1)
     if text[end : end + 1] != '"':
         raise ValueError("no quote after the arguments" if text[end:] else INCOMPLETE)
@@ -202,30 +202,30 @@ def _raw_value(text, start):
 
 
 def _unescape(text):
-    """Returns html.unescape(text); ValueError where it would read &region, without a semicolon, as ®ion."""
+    """Return html.unescape(text). Raise ValueError where it would read &region, no semicolon, as ®ion."""
     bare = REFERENCE.sub(lambda m: "<" if m[1][0] == "#" or m[1] in html5 else m[0], text)
     if DIGITS.search(bare) or html.unescape(bare) != bare:
-        raise ValueError("an & that can be read in two ways")
+        raise ValueError("an ambiguous &")
     return html.unescape(text)
 
 
 def _unique(pairs):
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError("the same key twice in the arguments")
+        raise ValueError("duplicate key in the arguments")
     return value
 
 
 def _finite(number):
-    value = float(number)  # of a number like 1e999 too, which JSON allows and Python reads as infinite
+    value = float(number)  # also 1e999, which JSON allows and Python reads as infinite
     if not math.isfinite(value):
-        raise ValueError("a number in the arguments that is not finite")
+        raise ValueError("a number in the arguments is not finite")
     return value
 
 
 def _short(digits):
     if len(digits) > MAX_DIGITS:
-        raise ValueError("a number in the arguments that is too long")
+        raise ValueError("a number in the arguments is too long")
     return int(digits)
 
 
@@ -242,7 +242,7 @@ def _object(source):
 
 
 def _can_grow(source):
-    """Whether more text could make this text a JSON object: whether it is one with some tail put to it."""
+    """Return whether more text could make this a JSON object: whether some tail completes it."""
     closers, in_string = [], False
     for mark in JSON_MARK.finditer(source):
         in_string = mark[1] == ""
@@ -250,7 +250,7 @@ def _can_grow(source):
             closers.append(CLOSERS[mark[0]])
         elif mark[0] in "}]" and closers:
             closers.pop()
-    new_key = "x" * len(source) + '":0'  # longer than any key that stands there
+    new_key = "x" * len(source) + '":0'  # longer than any key in it
     tails = [*TAILS, '"' + new_key]
     if in_string:
         tails = [escape + end for escape in ESCAPE_TAILS for end in ('"', new_key)]
