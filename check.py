@@ -1,404 +1,295 @@
-"""Everything that can be known before a GPU is rented: are the rows right, what exactly will be learned, how
-long will it take and what will it cost, and will the model be had?
+"""Check all that can be known before a GPU is rented: are the rows right, what exactly will be learned, how
+long will it take, what will it cost, and may the model be downloaded?
 
     python check.py                           rows, labels, plan, cost, access, in seconds, on a laptop
     python check.py --html labels.html        every row as the model will see it, as one page
 
-Exits with 0 if the rows can be trained on, 1 if not (--strict: if anything is found), 2: wrong arguments.
+Exits with 0 if the rows can be trained on, 1 if not (--strict: if there is any warning), 2 for wrong flags.
+Imports no torch, unless there is a GPU to check.
 """
 
 import argparse
-import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
-import train_qlora
-from tuner.data import chat_rows, chat_text, row_faults, row_warnings
+from train_qlora import DATA_PATH, RECIPE, preprocess_function
+from tuner.data import chat_rows, chat_text, label_page, labels, row_warnings
+from tuner.data.splitting import epoch_batches, split_rows, warmup_steps
 from tuner.inference.probes import HELD_OUT, PROBES
-from tuner.model import folders, gemma_tokenizer, hub, locate
-from tuner.system import console, devices, hardware, libraries
-from tuner.system.console import printable
+from tuner.model import hub, locate
+from tuner.model.access import check_model, find_tokenizer, is_downloadable
+from tuner.system import console, hardware
+from tuner.system.console import colorize, printable
 from tuner.system.errors import UserError, rows_error
-from tuner.training import adapter_folder, loss_functions, memory_plan
+from tuner.system.scripts import run_script
+from tuner.training import adapter_folder, cost, memory_plan
 
-GPU_PRICE = 60  # an hour, in whatever currency: roubles for an RTX 4090 at the time of writing
-SHOWN_OF_A_KIND = 20  # warnings
-TOKENIZER_FOLDER = "gemma-3-tokenizer"  # made of the small model's package where no model is there
-CARDS = (8, 12, 16, 24, 48)  # GiB
-
-# Training's seconds, measured with an H100 (torch 2.11), 40 steps of 16 short rows, by number of bits. A
-# micro-batch is some ten thousand small kernels, whatever it holds, and 4 operations a weight and token: 2
-# forward, and 2 in the backward pass, which needs no gradient of the base's weights.
-START = {4: 21, 8: 29}  # imports and loading, between what two hosts took
-EPOCH = 0.6  # an evaluation and a checkpoint
-BUSY = {4: 0.17, 8: 0.15}  # of the published figure is what a card then does of these operations
-# Published dense bf16 tera-operations a second, and GiB; the T4 computes in fp32, having no bf16.
-PUBLISHED = {"H100": (989, 80), "A100": (312, 40), "RTX 4090": (165, 24), "L4": (121, 24)}
-PUBLISHED |= {"A10": (125, 24), "RTX 3090": (71, 24), "T4": (8.1, 16)}
-MEASURED_ON, WITHOUT_BF16 = "H100", "T4"
-ALONE = SimpleNamespace(process_index=0, num_processes=1)  # one GPU
+GPU_PRICE = 60  # per hour, in any currency: rubles for an RTX 4090 at the time of writing
+SHOWN_PER_KIND = 20  # warnings
+GREEN, RED, YELLOW, GRAY = 32, 31, 33, 90
 
 
-def show_warnings(path, rows, found):
-    texts = {line: row["messages"][-2] for line, row in reversed(rows)}  # of a line's first row
+def main():
+    """Check rows, labels, plan, cost and access, and print each; return the exit code."""
+    args = parse_arguments()
+    rows = chat_rows.read_rows(args.data)
+    wait_for_access = start_access_check(args.model, args.offline)  # the hub answers while rows are checked
+    calls = sum(chat_text.has_call(row["messages"]) for _, row in rows)
+    general = len(rows) - calls
+    print(f"rows       {len(rows)} of {args.data}: {calls} with a call, {general} without", flush=True)
+    warnings = row_warnings.warnings(rows, [prompt for prompt, _ in PROBES], read_held_out(args.data))
+    show_warnings(args.data, rows, warnings)
+
+    access = wait_for_access()
+    tokenizer, source = find_tokenizer(args.model, is_downloadable(access))
+    counts = labels.count_tokens(rows, tokenizer, preprocess_function)
+    lines, lengths = [line for line, _ in rows], [tokens for tokens, _ in counts]
+    if too_long := labels.too_long(lines, lengths, RECIPE.max_tokens):
+        raise rows_error(args.data, too_long)
+    marked = "green" if console.has_colors() else "between ⟦ and ⟧"
+    print(f"\nlabels     tokenizer of {source}; trained tokens are {marked}")
+    show_labels(choose_rows(rows, counts, args.rows), tokenizer)
+    if args.html:
+        write_page(args.html, args.data, rows, warnings, tokenizer)
+
+    plan = plan_run(rows, counts)
+    plan_warnings = list(warn_of_plan(plan))
+    show_plan(plan)
+    for text in plan_warnings:
+        print(f"           {colorize('warning', YELLOW)}: {text}")
+    show_cost(cost.dimensions_of(args.model), plan.workload, args.gpu_price)
+
+    print()
+    for mark, text in access:
+        print(f"{colorize(mark, {'✓': GREEN, '✗': RED}.get(mark, GRAY))} {text}")
+    count = len(warnings) + len(plan_warnings)
+    problems = sum(mark == "✗" for mark, _ in access)
+    verdict = f"{count or 'no'} warning{'s' * (count != 1)}"
+    if problems:
+        verdict += f"; {problems} problem{'s' * (problems != 1)} to fix before training"
+    print(f"\nverdict    {verdict}")
+    failed = args.strict and bool(count or problems)
+    if not failed:
+        print("next       python download_model.py, then python train_qlora.py on a GPU")
+    return int(failed)
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def read_held_out(data_path):
+    """Return the held-out rows, [(line, row), …]; none if they are the very rows that are checked."""
+    path = Path(HELD_OUT)
+    if path.exists() and path.resolve() != Path(data_path).resolve():
+        return chat_rows.read_rows(HELD_OUT)
+    return []
+
+
+def show_warnings(path, rows, warnings):
+    prompts = {line: row["messages"][-2]["content"] for line, row in reversed(rows)}  # of a line's first row
     shown = Counter()
-    for line, kind, text in found:
+    for line, kind, text in warnings:
         shown[kind] += 1
-        if shown[kind] <= SHOWN_OF_A_KIND:
-            print(f"{path}:{line}: {console.colorize('warning', 33)}: {printable(text, 300)}")
-            if line in texts and kind != "balance":
-                console.print_wrapped(texts[line]["content"], "    ", "    ")
+        if shown[kind] <= SHOWN_PER_KIND:
+            print(f"{path}:{line}: {colorize('warning', YELLOW)}: {printable(text, 300)}")
+            if line in prompts and kind != "balance":
+                console.print_wrapped(prompts[line], "    ", "    ")
     for kind, count in shown.items():
-        if count > SHOWN_OF_A_KIND:
-            print(f"… and {count - SHOWN_OF_A_KIND} more of the kind {kind}")
+        if count > SHOWN_PER_KIND:
+            print(f"… and {count - SHOWN_PER_KIND} more of the kind {kind}")
 
 
 # -------------------------------------------------------------------------------------------- labels
 
 
-def find_tokenizer(model, online):
-    """Returns (tokenizer, where it is from): the model's own, or else the small model's, which is the same.
+def choose_rows(rows, counts, wanted):
+    """Return the rows to show: those on the wanted lines, "all", or for None a call, a general, the longest.
 
-    online: whether the hub may be asked for a model that is not here. Raises UserError if there is none.
-    """
-    with libraries.without_torch():  # tokenising needs none, and importing it takes longer than all the rest
-        from transformers import logging
-
-        logging.set_verbosity_error()
-        if is_tokenizer(model):
-            return gemma_tokenizer.load_tokenizer(model), model
-        if not locate.is_local(model):
-            try:
-                return gemma_tokenizer.load_tokenizer(model, local_files_only=not online), model
-            except (OSError, ValueError):
-                pass  # "access" says why
-        small = next((f for f in (folders.SMALL_FOLDER, TOKENIZER_FOLDER) if is_tokenizer(f)), None)
-        if small is None:
-            # In a process of its own: the reader of the package wants torch.
-            code = f"from tuner.model import small_model; small_model.build_tokenizer({TOKENIZER_FOLDER!r})"
-            made = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-            )  # fmt: skip
-            if made.returncode:
-                reason = made.stderr.strip().split("\n")[-1].removeprefix("tuner.system.errors.UserError: ")
-                raise UserError(f"no tokenizer of {model} is here, and {reason}")
-            small = TOKENIZER_FOLDER
-        return gemma_tokenizer.load_tokenizer(small), f"./{small}, the same as Gemma-3-4b's"
-
-
-def is_tokenizer(folder):
-    return Path(folder, "tokenizer.json").is_file()
-
-
-def count_tokens(rows, tokenizer):
-    """Returns [(tokens, trained tokens), …] of the rows, by the function that training uses."""
-    counts = []
-    for start in range(0, len(rows), row_warnings.ROWS_AT_ONCE):
-        messages = [row["messages"] for _, row in rows[start : start + row_warnings.ROWS_AT_ONCE]]
-        batch = train_qlora.preprocess_function({"messages": messages}, tokenizer)
-        counts += [(len(labels), len(labels) - labels.count(-100)) for labels in batch["labels"]]
-    return counts
-
-
-def pieces(row, tokenizer):
-    """Returns [(text, trained, special), …], one for each token of a row, as training will see it."""
-    batch = train_qlora.preprocess_function({"messages": [row["messages"]]}, tokenizer)
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    texts = [token.replace("▁", " ") for token in tokenizer.convert_ids_to_tokens(ids)]
-    # No text of a row holds a control token, so these are the template's.
-    return [(t, x != -100, t in row_faults.CONTROL_TOKENS) for t, x in zip(texts, labels, strict=True)]
-
-
-def show_labels(rows, tokenizer):
-    """Prints rows token by token: trained ones in colour, or between ⟦ and ⟧ where there is none."""
-    colour = console.colorize("x", 32) != "x"
-    for line, row in rows:
-        tokens = pieces(row, tokenizer)
-        trained = sum(t for _, t, _ in tokens)
-        kind = "a call" if chat_text.has_call(row["messages"]) else "general"
-        print(f"\nline {line}: {kind}, {len(tokens)} tokens, {trained} trained")
-        text, before = "", False
-        for piece, learned, special in tokens:
-            shown = printable(piece.replace("\n", "⏎"), 100)
-            if colour:
-                shown = console.colorize(shown, ("1;" if special else "") + ("32" if learned else "90"))
-            elif learned != before:
-                shown = ("⟦" if learned else "⟧") + shown
-            text += shown + "\n" * piece.count("\n")
-            before = learned
-        print(text.rstrip("\n") + "⟧" * (before and not colour))
-
-
-def choose(rows, counts, wanted):
-    """Returns the rows to show: those on the lines asked for, all, or a call, a general and the longest one.
-
-    Raises UserError for a line that has no row.
+    Raise UserError for a line on which no row begins.
     """
     if wanted == "all":
         return rows
     if wanted:
         lines = {line for line, _ in rows}
         if missing := sorted(set(wanted) - lines):
-            raise UserError(f"--rows: no row begins on line {missing[0]}; name lines of the file")
+            raise UserError(f"--rows: no row begins on line {missing[0]}; choose lines of the file")
         return [pair for pair in rows if pair[0] in wanted]
     calls = [chat_text.is_call(row["messages"]) for _, row in rows]
-    places = {calls.index(True)} if True in calls else set()
-    places |= {calls.index(False)} if False in calls else set()
-    places.add(max(range(len(rows)), key=lambda i: counts[i][0]))
-    return [rows[i] for i in sorted(places)]
+    chosen = {calls.index(kind) for kind in (True, False) if kind in calls}
+    chosen.add(max(range(len(rows)), key=lambda i: counts[i][0]))
+    return [rows[i] for i in sorted(chosen)]
+
+
+def show_labels(rows, tokenizer):
+    """Print rows token by token."""
+    for line, row in rows:
+        pieces = labels.pieces(row, tokenizer, preprocess_function)
+        trained = sum(trained for _, trained, _ in pieces)
+        kind = "a call" if chat_text.has_call(row["messages"]) else "general"
+        print(f"\nline {line}: {kind}, {len(pieces)} tokens, {trained} trained")
+        print(labels.format_pieces(pieces))
+
+
+def write_page(path, data_path, rows, warnings, tokenizer):
+    """Write the labels of all rows as a page. Raise UserError if it cannot be written."""
+    page_rows = labels.page_rows(rows, warnings, tokenizer, preprocess_function)
+    try:
+        label_page.write(path, data_path, page_rows)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another file") from error
+    print(f"\npage       {path}: open it in a browser")
 
 
 # ------------------------------------------------------------------------------------- plan and cost
 
 
-def plan(rows, counts):
-    """Returns what training will do, as a dict of its numbers, and [text, …] of what is off about it."""
-    plain = [row for _, row in rows]
-    training, validation = train_qlora.split_rows(plain)
-    calls = [chat_text.is_call(row["messages"]) for row in plain]
-    epoch = [[counts[i][0] for i in step] for step in train_qlora.steps_of(1, training)]
-    steps = train_qlora.EPOCHS * len(epoch)
-    numbers = {
-        "training": len(training),
-        "validation": len(validation),
-        "validation_calls": sum(calls[i] for i in validation),
-        "steps": steps,
-        "warmup": train_qlora.warmup_steps(steps),
-        "epoch": epoch,
-        "longest": max(tokens for tokens, _ in counts),
-        "trained_at_once": min(loss_functions.LOGITS_AT_ONCE, sum(trained for _, trained in counts)),
-    }
-    off = []
-    if not validation:
-        off.append("too few rows to hold 10 % out: nothing is evaluated, and the last step's adapter is kept")
-    elif len({calls[i] for i in validation}) < 2:
-        lacks = "without" if calls[validation[0]] else "with"
-        off.append(f"no row {lacks} a call is held out: the best adapter is chosen by the other kind alone")
-    if steps < 2 * train_qlora.WARMUP_STEPS:
-        off.append(f"only {steps} steps: few rows; 40 and more is what was measured to teach the call")
-    return numbers, off
+class Plan(NamedTuple):
+    """What training will do."""
+
+    training: int  # rows
+    validation: list  # whether it is a call, for each validation row
+    steps: int
+    warmup: int  # steps
+    workload: memory_plan.Workload
 
 
-def show_plan(numbers, counts):
-    n = numbers
-    calls, times = n["validation_calls"], train_qlora.EPOCHS if n["validation"] else 0
-    tokens, trained = (sum(column) for column in zip(*counts, strict=True))
-    print(f"\ntokens     {tokens} in all, {trained} trained, {n['longest']} in the longest row")
-    print(f"split      {n['training']} rows trained on, {n['validation']} held out ({calls} with a call)")
-    print(
-        f"steps      {n['steps']}: {train_qlora.EPOCHS} epochs, {train_qlora.ROWS_PER_STEP} rows a step; ",
-        end="",
+def plan_run(rows, counts):
+    """Return the Plan for rows, [(line, row), …], with their counts (labels.count_tokens)."""
+    messages = [row for _, row in rows]
+    training, validation = split_rows(messages, RECIPE)
+    batches = epoch_batches(training, 1, RECIPE)
+    steps = RECIPE.epochs * len(batches)
+    lengths, trained = zip(*counts, strict=True)
+    epoch = [[lengths[i] for i in batch] for batch in batches]
+    workload = memory_plan.Workload(epoch, max(lengths), sum(trained), sum(lengths))
+    calls = [chat_text.is_call(messages[i]["messages"]) for i in validation]
+    return Plan(len(training), calls, steps, warmup_steps(steps, RECIPE), workload)
+
+
+def warn_of_plan(plan):
+    """Yield what is likely wrong about a Plan."""
+    if not plan.validation:
+        yield "too few rows for a validation set: no evaluation, the last step's adapter is saved"
+    elif len(set(plan.validation)) < 2:
+        missing = "without" if plan.validation[0] else "with"
+        yield f"no validation row {missing} a call: the best adapter is chosen by the other kind alone"
+    if plan.steps < 2 * RECIPE.warmup_steps:
+        yield f"only {plan.steps} steps, from few rows; measured: 40 and more teach the call"
+
+
+def show_plan(plan):
+    held_out, calls = len(plan.validation), sum(plan.validation)
+    print(f"\ntokens     {plan.workload.describe()}")
+    print(f"split      {plan.training} training rows, {held_out} validation rows ({calls} with a call)")
+    schedule = (
+        f"{RECIPE.epochs} epochs, batch size {RECIPE.rows_per_step}; warm-up {plan.warmup}, then a cosine"
     )
-    print(f"warm-up {n['warmup']}, then a cosine")
-    kept = f"{times} times, once an epoch, the best one's" if times else "none, the last step's"
-    print(f"evaluation {kept} adapter is written at the end;")
-    print("           a checkpoint each epoch, and at Ctrl-C: --resume goes on from there")
+    print(f"steps      {plan.steps}: {schedule}")
+    if plan.validation:
+        print(f"evaluation {RECIPE.epochs} times, once per epoch; the best one's adapter is saved at the end")
+    else:
+        print("evaluation none; the last step's adapter is saved at the end")
+    print("checkpoint each epoch, and at Ctrl-C; --resume continues from it")
 
 
-def seconds(d, numbers, bits, card):
-    """Returns how long a run takes on a card, from start to adapter: what was measured, scaled to it."""
-    speed, size = PUBLISHED[card]
-    budget = memory_plan.MEMORY_FRACTION * memory_plan.usable_bytes(size)
-    sizes = numbers["trained_at_once"], numbers["longest"]
-    plans = memory_plan.make_plans(d, bits, train_qlora.LORA_R, budget, *sizes)
-    if card == WITHOUT_BF16:
-        plans = [memory_plan.Plan(0, train_qlora.TOKENS_PER_MICRO_BATCH)]
-    kernels = min(memory_plan.plan_seconds(plan, numbers["epoch"], bits, ALONE) for plan in plans)
-    operations = 4 * memory_plan.text_weights(d) * sum(map(sum, numbers["epoch"]))
-    arithmetic = operations / (speed * 1e12 * BUSY[bits])
-    return START[bits] + train_qlora.EPOCHS * (kernels + arithmetic + EPOCH)
-
-
-def show_cost(d, numbers, price):
+def show_cost(dims, workload, price):
+    """Print memory, time and price of training a base with these memory_plan.Dimensions."""
     for bits in (4, 8):
-        size = memory_plan.least_bytes(
-            d, bits, train_qlora.LORA_R, numbers["longest"], numbers["trained_at_once"]
-        )
-        cards = [
-            str(card)
-            for card in CARDS
-            if size <= memory_plan.MEMORY_FRACTION * memory_plan.usable_bytes(card)
-        ]
-        takes = f"fits cards of {', '.join(cards)} GB" if cards else "fits none of the usual cards"
-        print(f"memory     {bits} bits: {size / 2**30:.1f} GiB at least, and faster with more; {takes}")
-    print(f"time       from start to adapter, and its price at {price:g} an hour, without the download:")
-    for card in PUBLISHED:
+        size = cost.least_memory(dims, workload, bits, RECIPE)
+        cards = ", ".join(map(str, cost.cards_with(size)))
+        fits = f"fits GPUs of {cards} GB" if cards else "fits none of the usual GPUs"
+        print(f"memory     {bits} bits: {size / 2**30:.1f} GiB at least, faster with more; {fits}")
+    print(f"time       from start to adapter, download not included; price at {price:g} per hour:")
+    for card in cost.PUBLISHED:
         cells = []
         for bits in (4, 8):
-            total = seconds(d, numbers, bits, card)
-            cells.append(f"{bits} bits {total:>6.0f} s {total * price / 3600:>7.2f}")
-        how = "from measurements" if card == MEASURED_ON else "scaled"
-        print(f"           {card:<9} {'   '.join(cells)}   {how}")
+            seconds = cost.run_seconds(dims, workload, bits, card, RECIPE)
+            cells.append(f"{bits} bits {seconds:>6.0f} s {seconds * price / 3600:>7.2f}")
+        origin = "measured" if card == cost.MEASURED_ON else "scaled from that"
+        print(f"           {card:<9} {'   '.join(cells)}   {origin}")
 
 
 # -------------------------------------------------------------------------------------------- access
 
 
-def access(model, offline):
-    """Returns [(mark, text), …]: mark is ✓, ✗ (with the cure) or – (not needed, or not known)."""
-    lines = []
-    if locate.is_local(model):
-        missing = folders.missing_files(model)
-        cure = "; python download_model.py brings one"
-        lines.append(
-            ("✗", f"model: {model} lacks {missing[0]}{cure}") if missing else ("✓", f"model: {model}")
-        )
-    elif offline:
-        lines.append(("–", "token and licence: not asked for (--offline)"))
-    else:
-        from huggingface_hub import get_token
-
-        token = ("✓", "token: there") if get_token() else ("–", "token: none")
-        try:
-            _, files = hub.ask_hub(model)
-            download = sum(file.size for file in files)
-            lines += [token, ("✓", f"licence: accepted, {model} may be downloaded ({download / 1e9:.1f} GB)")]
-        except UserError as error:
-            lines += [token] if error.about != "token" else []
-            lines.append(("✗", f"{error.about}: {error}"))
-            lines += [("–", "licence: not known before that")] if error.about != "licence" else []
+def check_access(model, offline):
+    """Return [(mark, text), …] for model, disk, memory and GPU: ✓, ✗ with the cure, or – for unknown."""
     free = shutil.disk_usage(".").free
     weights = 2 * memory_plan.GEMMA_3_4B_WEIGHTS  # bytes
     needed = 2 * weights + adapter_folder.DISK_NEEDED + hub.RESERVE
-    takes = f"model ({weights / 1e9:.1f}, a download), adapter and merged model take {needed / 1e9:.0f}"
-    enough = f"disk: {free / 1e9:.0f} GB free; {takes}"
-    lines.append(("✓", enough) if free >= needed else ("✗", enough + "; free some, or take another folder"))
-    return lines + hardware.check_host_memory() + devices.check_gpu()
+    purpose = f"model ({weights / 1e9:.1f} to download), adapter and merged model"
+    disk = f"disk: {free / 1e9:.0f} GB free; {purpose} need {needed / 1e9:.0f}"
+    mark, cure = ("✓", "") if free >= needed else ("✗", "; free some, or use another folder")
+    lines = [*check_model(model, offline), (mark, disk + cure), *hardware.check_host_memory()]
+    if not hardware.has_driver():
+        return [*lines, ("–", "GPU: none on this machine; checking and rehearsing need none")]
+    from tuner.system import devices  # torch, which is needed only where there is a GPU
+
+    return lines + devices.check_gpu()
 
 
-# ---------------------------------------------------------------------------------------------- main
+def start_access_check(model, offline):
+    """Start check_access in the background; return a function that waits for its lines."""
+    lines = []
+
+    def work():
+        try:
+            lines.extend(check_access(model, offline))
+        except Exception as error:  # of a thread, it would be lost
+            reason = printable(f"{type(error).__name__}: {error}", 200)
+            lines.append(
+                ("✗", f"access could not be checked ({reason}); report this, continue with --offline")
+            )
+
+    def wait():
+        thread.join()
+        return lines
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return wait
 
 
-def parse_arguments(arguments=None):
+# --------------------------------------------------------------------------------------------- flags
+
+
+def parse_arguments():
     def price(text):
-        value = float(text)
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
         if not 0 <= value < math.inf:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number ≥ 0")
         return value
 
-    def lines(text):
-        return text if text == "all" else [int(part) for part in text.split(",")]
+    def line_numbers(text):
+        try:
+            return text if text == "all" else [int(number) for number in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected line numbers such as 5,17, or all"
+            ) from None
 
     parser = argparse.ArgumentParser(description="Check rows, labels, plan, cost and access before training.")
     base = locate.default_model()
-    parser.add_argument("--data", default=train_qlora.DATA_PATH, help="chat rows (default: %(default)s)")
+    parser.add_argument("--data", default=DATA_PATH, help="chat rows (default: %(default)s)")
     parser.add_argument("--model", default=base, help="folder or hub name of the base (default: %(default)s)")
-    parser.add_argument("--gpu-price", type=price, default=GPU_PRICE, help="an hour (default: %(default)s)")
     parser.add_argument(
-        "--rows", type=lines, metavar="5,17", help="lines to show the labels of, or all (default: three rows)"
+        "--gpu-price", type=price, default=GPU_PRICE, help="GPU price per hour (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rows", type=line_numbers, metavar="5,17", help="lines to show labels of, or all (default: three)"
     )
     parser.add_argument("--html", metavar="FILE", help="write the labels of all rows as a page")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings and ✗ too")
-    parser.add_argument("--offline", action="store_true", help="ask no hub")
-    return parser.parse_args(arguments)
-
-
-def main():
-    args = parse_arguments()
-    try:
-        sys.exit(run(args))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `python check.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def run(args):
-    """Returns the exit code."""
-    rows = chat_rows.read_rows(args.data)
-    asked = []
-
-    def ask():
-        try:
-            asked.extend(access(args.model, args.offline))
-        except Exception as error:  # of a thread, it would be lost
-            reason = printable(f"{type(error).__name__}: {error}", 200)
-            asked.append(("✗", f"access could not be checked ({reason}); report that, with --offline go on"))
-
-    asking = threading.Thread(target=ask, daemon=True)  # the hub is asked while the rows are looked at
-    asking.start()
-    calls = sum(chat_text.has_call(row["messages"]) for _, row in rows)
-    print(
-        f"rows       {len(rows)} of {args.data}: {calls} with a call, {len(rows) - calls} without", flush=True
-    )
-    held_out = []
-    if Path(HELD_OUT).exists() and Path(HELD_OUT).resolve() != Path(args.data).resolve():
-        held_out = chat_rows.read_rows(HELD_OUT)
-    found = row_warnings.warnings(rows, [prompt for prompt, _ in PROBES], held_out)
-    show_warnings(args.data, rows, found)
-
-    asking.join()
-    online = any(mark == "✓" and text.startswith("licence") for mark, text in asked)
-    tokenizer, source = find_tokenizer(args.model, online)
-    counts = count_tokens(rows, tokenizer)
-    too_long = train_qlora.too_long([line for line, _ in rows], [tokens for tokens, _ in counts])
-    if too_long:
-        raise rows_error(args.data, too_long)
-    print(f"\nlabels     tokenizer of {source}; trained is what is", end=" ")
-    print("green" if console.colorize("x", 32) != "x" else "between ⟦ and ⟧")
-    show_labels(choose(rows, counts, args.rows), tokenizer)
-    if args.html:
-        write_page(args.html, args.data, rows, found, tokenizer)
-    numbers, off = plan(rows, counts)
-    show_plan(numbers, counts)
-    for text in off:
-        print(f"           {console.colorize('warning', 33)}: {text}")
-    show_cost(dimensions_of(args.model), numbers, args.gpu_price)
-
-    print()
-    for mark, text in asked:
-        print(f"{console.colorize(mark, {'✓': 32, '✗': 31}.get(mark, 90))} {text}")
-    wrong = len(found) + len(off)
-    missing = sum(mark == "✗" for mark, _ in asked)
-    print(f"\nverdict    {wrong or 'no'} warning{'s' * (wrong != 1)}", end="")
-    print(f"; to mend before training: {missing} ✗" if missing else "")
-    if not (args.strict and (wrong or missing)):
-        print("next       python download_model.py, then python train_qlora.py on a GPU")
-    return int(args.strict and bool(wrong or missing))
-
-
-def dimensions_of(model):
-    """Returns the Dimensions of a model that is here, otherwise those of Gemma-3-4b."""
-    try:
-        return memory_plan.read_dimensions(json.loads(Path(model, "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        return memory_plan.GEMMA_3_4B
-
-
-def write_page(path, data, rows, found, tokenizer):
-    from tuner.data import label_page
-
-    told = defaultdict(list)
-    for line, _, text in found:
-        told[line].append(text)
-    page = (
-        {
-            "line": line,
-            "call": chat_text.has_call(row["messages"]),
-            "pieces": pieces(row, tokenizer),
-            "warnings": told[line],
-        }
-        for line, row in rows
-    )
-    try:
-        label_page.write(path, data, page)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from error
-    print(f"\npage       {path}: open it in a browser")
+    parser.add_argument("--offline", action="store_true", help="do not contact the hub")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

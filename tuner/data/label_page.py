@@ -1,4 +1,4 @@
-"""One HTML page that shows rows as the model will be trained on them, token by token; it loads nothing."""
+"""Write one HTML page that shows rows token by token as training sees them; it loads nothing else."""
 
 import html
 import unicodedata
@@ -63,7 +63,7 @@ ul { margin: .2rem 0; padding-left: 1.2rem; color: var(--warn) }
 """
 TAIL = """</main>
 <p id="totals">{totals}</p>
-<footer hidden>Keys: 1–5 press the buttons, / searches, j/k or ↓/↑ go from row to row</footer>
+<footer hidden>Keys: 1–5 press the buttons, / searches, j/k or ↓/↑ move between rows</footer>
 <script>
 const main = document.querySelector("main"), search = document.querySelector("input");
 const rows = [...main.children], [...filters] = document.querySelectorAll("button"), longest = filters.pop();
@@ -120,7 +120,7 @@ HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, format and bidi marks, half
 
 
 def escape(text):
-    """Returns text for HTML; all but a newline that cannot be seen or stored is U+FFFD."""
+    """Return text for HTML; every character but newline that cannot be seen or stored becomes U+FFFD."""
     if not text.isprintable():
         text = "".join("\ufffd" if c != "\n" and unicodedata.category(c) in HIDDEN else c for c in text)
     return html.escape(text)
@@ -131,7 +131,7 @@ def trained_tokens(row):
 
 
 def article(row):
-    """Returns one row as HTML: one element a token, its text the token's."""
+    """Return one row as HTML: one element per token, with the token's text."""
     tokens = ""
     for text, trained, special in row["pieces"]:
         tag, style = "b" if trained else "span", ' class="special"' if special else ""
@@ -147,10 +147,10 @@ def article(row):
 
 
 def write(path, title, rows):
-    """Writes the page whole; OSError passes, and an earlier page stays.
+    """Write the page atomically: after an OSError, which is passed on, an earlier page stays.
 
-    rows is any iterable of {"line": int, "call": bool, "pieces": [(text, trained, special), …] one per token,
-    "warnings": [text, …]}; one row at a time is held in memory.
+    rows: any iterable of {"line": int, "call": bool, "pieces": [(text, trained, special), …], one per token,
+    "warnings": [text, …]}; one row at a time is in memory.
     """
     count = tokens = trained = 0
     with atomic.open_text(path) as file:

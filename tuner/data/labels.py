@@ -3,9 +3,13 @@
 preprocess_function is train_qlora's, the function by which training makes its labels.
 """
 
-from tuner.data import row_faults
+from collections import defaultdict
+
+from tuner.data import chat_text, row_faults
+from tuner.system import console
 
 ROWS_AT_ONCE = 1000  # tokenized together, then only their counts are kept
+GREEN, GRAY, BOLD = "32", "90", "1;"
 
 
 def count_tokens(rows, tokenizer, preprocess_function):
@@ -28,6 +32,35 @@ def pieces(row, tokenizer, preprocess_function):
         (text, label != -100, text in row_faults.CONTROL_TOKENS)
         for text, label in zip(texts, labels, strict=True)
     ]
+
+
+def format_pieces(pieces):
+    """Return pieces as text to print: trained ones in green, or between ⟦ and ⟧ where there are no colors."""
+    colors = console.has_colors()
+    text, was_trained = "", False
+    for piece, trained, special in pieces:
+        shown = console.printable(piece.replace("\n", "⏎"), 100)
+        if colors:
+            shown = console.colorize(shown, BOLD * special + (GREEN if trained else GRAY))
+        elif trained != was_trained:
+            shown = ("⟦" if trained else "⟧") + shown
+        text += shown + "\n" * piece.count("\n")
+        was_trained = trained
+    return text.rstrip("\n") + "⟧" * (was_trained and not colors)
+
+
+def page_rows(rows, warnings, tokenizer, preprocess_function):
+    """Yield what label_page.write wants of each of the rows; warnings: [(line, kind, text), …]."""
+    texts = defaultdict(list)
+    for line, _, text in warnings:
+        texts[line].append(text)
+    for line, row in rows:
+        yield {
+            "line": line,
+            "call": chat_text.has_call(row["messages"]),
+            "pieces": pieces(row, tokenizer, preprocess_function),
+            "warnings": texts[line],
+        }
 
 
 def too_long(lines, lengths, max_tokens):

@@ -52,11 +52,8 @@ def warn_of_prompts(rows, probes, held_out):
     for line, row in rows:
         prompt, answer = prompt_of(row), row["messages"][-1]["content"]
         if prompt in judges:
-            yield (
-                line,
-                "judge",
-                f"the prompt is also {judges[prompt]}, so its result there says nothing (data leak)",
-            )
+            text = f"the prompt is also {judges[prompt]}, so its result there says nothing (data leak)"
+            yield line, "leak", text
         if prompt not in first:
             first[prompt] = line
         elif answer in answers[prompt]:
@@ -99,11 +96,11 @@ def chunks_of(text):
 
 
 def warn_of_text(line, row):
-    """Yield warnings of what cannot be seen in a turn of a row: whitespace, invisible and look-alike letters."""
+    """Yield warnings of what cannot be seen in the turns of a row."""
     for number, message in enumerate(row["messages"], 1):
         text = message["content"]
         if text != text.strip():
-            yield line, "blanks", f"turn {number} begins or ends with whitespace, which is not trained"
+            yield line, "whitespace", f"turn {number} begins or ends with whitespace, which is not trained"
         hidden = {m[0] for m in ODD.finditer(text) if is_invisible(m[0], text[: m.start()])}
         if hidden:
             names = ", ".join(unicodedata.name(c, f"U+{ord(c):04X}") for c in sorted(hidden))
@@ -123,7 +120,7 @@ def is_invisible(character, before):
 
 
 def look_alikes(word):
-    """Return which letters of a word are from another script and look like its own; None if there are none."""
+    """Return which letters of a word look like those of its script but are of another; None if no one is."""
     latin = [c for c in word if c.isascii()]
     cyrillic = [c for c in word if not c.isascii()]
     few, script = min((latin, "Latin"), (cyrillic, "Cyrillic"), key=lambda pair: len(pair[0]))

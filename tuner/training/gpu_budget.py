@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -11,19 +10,7 @@ from tuner.system import devices
 from tuner.system.console import print_main
 from tuner.system.errors import UserError
 from tuner.training import memory_plan
-from tuner.training.memory_plan import LOGITS_AT_ONCE
-
-
-class Workload(NamedTuple):
-    """What decides memory and speed: lengths in tokens."""
-
-    steps: list  # of one epoch, each the lengths of its rows
-    longest: int  # of all rows
-    trained: int  # tokens of all rows
-    total: int  # tokens of all rows
-
-    def describe(self):
-        return f"{self.total} total, {self.trained} trained, longest row {self.longest}"
+from tuner.training.memory_plan import LOGITS_AT_ONCE, Workload
 
 
 def measure(examples, batches):

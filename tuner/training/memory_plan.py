@@ -28,6 +28,18 @@ CONTEXT = 0.6 * 2**30  # bytes: CUDA's own, and the pages of the optimizer's sta
 USABLE = 0.95  # of a card's nominal memory: the driver and a desktop have the rest
 
 
+class Workload(NamedTuple):
+    """What decides memory and speed: lengths in tokens."""
+
+    steps: list  # of one epoch, each the lengths of its rows
+    longest: int  # of all rows
+    trained: int  # tokens of all rows
+    total: int  # tokens of all rows
+
+    def describe(self):
+        return f"{self.total} total, {self.trained} trained, longest row {self.longest}"
+
+
 class Dimensions(NamedTuple):
     """The sizes of a Gemma 3's text model; training loads no layer of the vision tower."""
 
