@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 
 from tuner.data import chat_text
-from tuner.model import small_model
+from tuner.model import folders
 from tuner.system import devices, libraries
 
 # As train_qlora.py does before its first product; the first one of pytest's process is another test's.
@@ -54,7 +54,7 @@ def tiny_tokenizer():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
     )
-    tokenizer.chat_template = small_model.CHAT_TEMPLATE
+    tokenizer.chat_template = folders.CHAT_TEMPLATE.read_text(encoding="utf-8")
     return tokenizer
 
 

@@ -15,12 +15,11 @@ def attention_masks(model, same_sequence, distance):
     same_sequence: (rows or 1, queries or 1, keys), whether query and key are of one row; distance: (queries,
     keys), how many positions the key stands before the query.
     """
-    dtype, window = model.get_input_embeddings().weight.dtype, model.config.get_text_config().sliding_window
-    causal, masks = same_sequence & (distance >= 0), {}
-    for layer_type, visible in (
-        ("full_attention", causal),
-        ("sliding_attention", causal & (distance < window)),
-    ):
+    dtype = model.get_input_embeddings().weight.dtype
+    causal = same_sequence & (distance >= 0)
+    in_window = causal & (distance < model.config.get_text_config().sliding_window)
+    masks = {}
+    for layer_type, visible in (("full_attention", causal), ("sliding_attention", in_window)):
         bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         masks[layer_type] = bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
     return masks

@@ -9,15 +9,16 @@ from tuner.system.errors import UserError
 
 BASE_MODEL = "google/gemma-3-4b-it"
 BASE_FOLDER = "gemma-3-4b-it"
-REVISION_FILE = "REVISION"  # in the folder: which version of the model it holds
-
-SAMPLES, SAMPLE = 256, 4096  # of each weight file, evenly spread; bytes of one
-
 SMALL_FOLDER = "gemma-3-270m"
+# Writes the text that Gemma 3's own template writes. As there, a system message is put before the first user
+# turn as it stands, while the turns are trimmed.
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+REVISION_FILE = "REVISION"  # in the folder: which version of the model it holds
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of each weight file's fingerprint; evenly spread over the file
 
 
 def missing_files(folder):
-    """What `folder` (a path) lacks to be a complete model: a list of file names, empty if it is complete.
+    """Return the names of the files that `folder` lacks to be a complete model; empty if it is complete.
 
     Complete is: a readable config.json and tokenizer.json, and model.safetensors or an index with every shard
     it names. An index that cannot be read, or that names a file outside the folder, counts as missing.
@@ -37,7 +38,7 @@ def missing_files(folder):
 
 
 def weight_files(folder):
-    """The paths of a complete model's safetensors files: one, or the shards that its index names."""
+    """Return the paths of a complete model's safetensors files: one, or the shards that its index names."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -47,49 +48,49 @@ def weight_files(folder):
 
 
 def weight_bytes(folder):
-    """How many bytes a complete model's weights take, on disk and in memory as they are."""
+    """Return how many bytes a complete model's weights take, on disk and in memory as they are."""
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def revision(folder):
-    """Which version of its model a folder holds: the hub's commit or the GGUF's sha256; None if unknown."""
+    """Return which version of its model a folder holds: the hub's commit, the GGUF's sha256, or None."""
     folder = Path(folder)
     if folder.parent.name == "snapshots":  # the hub's cache names its folders so
         return folder.name
-    note = folder / REVISION_FILE
-    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
+    path = folder / REVISION_FILE
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def weights_fingerprint(folder):
-    """Returns the sha256 of samples of a complete model's weights: tells models apart, reads no gigabytes."""
+    """Return the sha256 of samples of a complete model's weights: tells models apart, reads no gigabytes."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
         size = path.stat().st_size
         with open(path, "rb") as file:
-            for part in range(SAMPLES + 1):
-                file.seek(part * max(size - SAMPLE, 0) // SAMPLES)
-                digest.update(file.read(SAMPLE))
+            for sample in range(SAMPLES + 1):
+                file.seek(sample * max(size - SAMPLE_BYTES, 0) // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
         digest.update(str(size).encode())
     return digest.hexdigest()
 
 
 def is_complete(folder):
-    """True if `folder` holds a complete model. Raises UserError if it is there but is none."""
+    """Return whether `folder` holds a complete model; raise UserError if it holds something else."""
     if not folder.exists():
         return False
     if missing := missing_files(folder):
-        raise UserError(f"{folder}: lacks {', '.join(missing)}; rename or remove it and run this again")
+        raise UserError(f"{folder} is not a complete model folder ({', '.join(missing)} missing); rename it")
     return True
 
 
 def check_free_disk(folder, needed):
-    """Raises UserError if the disk that `folder` (a path) is on has less than `needed` bytes free."""
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Raise UserError if the disk that `folder` (a path) is on has less than `needed` bytes free."""
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{folder}: {needed / 1e9:.1f} GB of free disk are needed and {free / 1e9:.1f} GB are there; "
-            "free some, or go to a folder on a larger disk"
+            f"{folder} needs {needed / 1e9:.1f} GB of free disk, {free / 1e9:.1f} GB are free; "
+            "free some, or work in a folder on a larger disk"
         )

@@ -10,14 +10,15 @@ from tuner.system.errors import UserError
 
 
 def load_base(folder, quantization_config, device, dtype, vision=True):
-    """Return the base model on one device, its linear layers quantized (config None: not at all).
+    """Return the base model in `folder` on one device; quantization_config: a BitsAndBytesConfig, or None.
 
     Without vision the tower has no layers: no row has a picture, and they take a tenth of the memory.
     Raise UserError for a folder that is damaged or lacks weights.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
-        if without_tower := not vision and hasattr(config, "vision_config"):
+        text_only = not vision and hasattr(config, "vision_config")
+        if text_only:
             config.vision_config.num_hidden_layers = 0
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -30,8 +31,8 @@ def load_base(folder, quantization_config, device, dtype, vision=True):
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = printable(str(error), 100)
-        raise UserError(f"{folder} is damaged ({reason}); check --model, or download it again") from error
-    check_report(folder, report, "vision" if without_tower else None)
+        raise UserError(f"{folder} cannot be loaded as a model ({reason}); download it again") from error
+    check_report(folder, report, text_only)
     model.config.get_text_config().use_cache = False
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and torch.device(device).type == "cpu":
@@ -41,18 +42,17 @@ def load_base(folder, quantization_config, device, dtype, vision=True):
     return model
 
 
-def check_report(folder, report, left_out):
-    """Raise UserError if loading left weights at random, or had weights of no use.
-
-    report: transformers' loading info; left_out: what the names of weights hold that were not to be loaded.
-    """
-    if report["missing_keys"] or report["mismatched_keys"]:
-        names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+def check_report(folder, report, text_only):
+    """Raise UserError if transformers' loading report names a weight that was not loaded or not used."""
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:
         raise UserError(
-            f"{folder} lacks weights ({names[0]} and {len(names) - 1} more); "
+            f"{folder} lacks weights ({missing[0]} and {len(missing) - 1} more); "
             "download it again: python download_model.py"
         )
-    unexpected = [key for key in map(str, report["unexpected_keys"]) if not (left_out and left_out in key)]
+    unexpected = [key for key in map(str, report["unexpected_keys"]) if not (text_only and "vision" in key)]
     if unexpected:
-        name = min(unexpected)
-        raise UserError(f"{folder} holds weights that its model has no place for ({name}); download it again")
+        raise UserError(
+            f"{folder} holds weights that its config.json does not describe ({min(unexpected)}); "
+            "download it again"
+        )

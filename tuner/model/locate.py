@@ -1,4 +1,4 @@
-"""Find the base model: in a folder here, made on the spot, or on the hub."""
+"""Find the base model: in a folder here, built from packages, or on the hub."""
 
 from pathlib import Path
 
@@ -7,25 +7,26 @@ from tuner.system.errors import UserError
 
 
 def default_model():
+    """Return the folder that download_model.py makes, or else the model's name on the hub."""
     local = f"./{folders.BASE_FOLDER}"
     return local if Path(local).exists() else folders.BASE_MODEL
 
 
 def is_local(model):
-    """Whether a model is named by its folder, and not by its name on the hub."""
+    """Return whether `model` names a folder, and not a model on the hub."""
     return Path(model).exists() or model.startswith((".", "/", "~"))
 
 
 def find_model(model, rehearse):
-    """Returns (folder, revision) of a base model: as it lies there, made on the spot, or fetched."""
+    """Return (folder, revision) of a base model; build the small one or download another if need be."""
     small = rehearse and Path(model) == Path(folders.SMALL_FOLDER)
     if small and not Path(model).exists():
         small_model.build_small(model)
     if not is_local(model):
         folder = hub.fetch(model)
         return folder, folders.revision(folder)
-    missing = folders.missing_files(model)
-    if missing:
-        lacks = f"{missing[0]} is missing"
-        raise UserError(f"{model} is no complete model ({lacks}); python download_model.py brings one")
+    if not Path(model).exists():
+        raise UserError(f"{model} does not exist; check --model")
+    if missing := folders.missing_files(model):
+        raise UserError(f"{model} is not a complete model folder ({missing[0]} missing); check --model")
     return model, folders.revision(model)
