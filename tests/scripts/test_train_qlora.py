@@ -278,7 +278,9 @@ def test_a_set_too_small_to_split_is_all_trained(count):
 
 def loaded(folder, bits=4, lora=True):
     torch.manual_seed(train_qlora.SEED)
-    model = loading.load_base(folder, bits, "cpu", torch.float32)
+    model = loading.load_base(
+        folder, train_qlora.quantization_config(bits, torch.float32), "cpu", torch.float32
+    )
     return train_qlora.add_lora(model) if lora else model
 
 
@@ -321,14 +323,19 @@ def test_quantised_frozen_and_lora_on_the_text_model_alone(tiny_model, bits):
 
 
 def test_the_embedding_is_not_cast(tiny_model):
-    model = train_qlora.add_lora(loading.load_base(tiny_model, 4, "cpu", torch.bfloat16))
+    model = train_qlora.add_lora(
+        loading.load_base(
+            tiny_model, train_qlora.quantization_config(4, torch.bfloat16), "cpu", torch.bfloat16
+        )
+    )
     assert model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
 
 
 def test_without_the_vision_towers_layers_the_adapter_is_the_whole_models(tiny_model, tmp_path):
     from peft import PeftModel
 
-    models = [loading.load_base(tiny_model, 4, "cpu", torch.float32, vision=v) for v in (True, False)]
+    config = train_qlora.quantization_config(4, torch.float32)
+    models = [loading.load_base(tiny_model, config, "cpu", torch.float32, vision=v) for v in (True, False)]
     layers = [sum("vision" in name and ".layers." in name for name, _ in m.named_modules()) for m in models]
     if "multimodal" in str(tiny_model):
         assert layers[0] > 0
@@ -965,7 +972,7 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path):
         *["--rehearse", "--model", "./half", "--data", ROOT / "examples.json"], folder=tmp_path
     )
     assert code == 1
-    assert "./half is no complete model (config.json is missing)" in errors
+    assert "./half is not a complete model folder (config.json missing); check --model" in errors
 
 
 def test_a_model_whose_weights_are_cut_is_refused(tmp_path, tiny_text_model):
@@ -975,7 +982,7 @@ def test_a_model_whose_weights_are_cut_is_refused(tmp_path, tiny_text_model):
         *["--rehearse", "--model", "./cut", "--data", ROOT / "examples.json"], folder=tmp_path
     )
     assert code == 1
-    assert re.search(r"^\./cut is damaged \(.*\); remove it and fetch it anew$", errors, re.M)
+    assert re.search(r"^\./cut cannot be loaded as a model \(.*\); download it again$", errors, re.M)
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_one_line(tmp_path):

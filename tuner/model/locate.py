@@ -17,8 +17,11 @@ def is_local(model):
     return Path(model).exists() or model.startswith((".", "/", "~"))
 
 
-def find_model(model, rehearse):
-    """Return (folder, revision) of a base model; build the small one or download another if need be."""
+def find_model(model, rehearse, cure="check --model"):
+    """Return (folder, revision) of a base model; build the small one or download another if need be.
+
+    Raise UserError that ends in `cure` for a folder that is not there or incomplete.
+    """
     small = rehearse and Path(model) == Path(folders.SMALL_FOLDER)
     if small and not Path(model).exists():
         small_model.build_small(model)
@@ -26,7 +29,7 @@ def find_model(model, rehearse):
         folder = hub.fetch(model)
         return folder, folders.revision(folder)
     if not Path(model).exists():
-        raise UserError(f"{model} does not exist; check --model")
+        raise UserError(f"{model} does not exist; {cure}")
     if missing := folders.missing_files(model):
-        raise UserError(f"{model} is not a complete model folder ({missing[0]} missing); check --model")
+        raise UserError(f"{model} is not a complete model folder ({missing[0]} missing); {cure}")
     return model, folders.revision(model)
