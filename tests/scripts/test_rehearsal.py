@@ -11,6 +11,7 @@ import pytest
 
 import train_qlora
 from tests.serving.test_serve import readme
+from tests.support import training
 from tuner.data import chat_rows, chat_text, tool_call
 from tuner.inference import generation
 from tuner.inference.probes import PROBES
@@ -183,21 +184,7 @@ def test_killed_three_times_the_real_weights_go_on_to_the_same_adapter(rehearsed
     folder, _, _ = rehearsed
     lines = few_rows.read_text().splitlines(keepends=True)
     (folder / "eight.json").write_text("".join(lines[:4] + lines[-4:]))
-    result = python(
-        *(
-            ROOT / "tests/support/killing.py",
-            folder,
-            "real",
-            3,
-            "--rehearse",
-            "--data",
-            "eight.json",
-            "--epochs",
-            3,
-        ),
-        folder=folder,
-    )
-    assert result.returncode == 0
-    run, *ends = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    with training.killer(folder, ["--rehearse", "--data", "eight.json", "--epochs", 3]) as kill:
+        run, ends = kill("real", 3)
     assert len(ends) == 3
     assert {end["sha256"] for end in ends} == {run["sha256"]}

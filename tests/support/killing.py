@@ -1,10 +1,11 @@
-"""Runs train_qlora.py again and again, kills it at random moments and has it go on; a child each, forked.
+"""Run train_qlora.py again and again, kill it at random moments and resume it; a forked child each.
 
-    python killing.py FOLDER SEED MOMENTS ARGUMENT …
+    python killing.py FOLDER ARGUMENT …
 
-All libraries are imported once. Prints a JSON line of an undisturbed run, then one for each moment: where it
-was killed, what it left, and the sha256 of the adapter that it ends with. Half of the moments are of the
-clock, half are file operations of the run's.
+All libraries are imported once. Print a JSON line of an undisturbed run. Then, for each line `SEED MOMENTS`
+on stdin, one for each moment: where the run was killed, what it left, and the sha256 of the adapter that it
+ends with. Half of the moments are of the clock, half are file operations of the run's; both are spread over
+all of it. The first operation is within the writing of a checkpoint, the second of the final adapter's.
 """
 
 import hashlib
@@ -15,27 +16,34 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import accelerate  # noqa: F401
-import bitsandbytes  # noqa: F401
-import datasets  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
-import peft  # noqa: F401
-import torch  # noqa: F401
-import transformers
-
 import train_qlora
-from tuner.training import checkpoints
+from tuner.system import libraries
+from tuner.system.scripts import run_script
 
-for name in ("AutoModelForCausalLM", "AutoTokenizer", "get_cosine_schedule_with_warmup"):
-    getattr(transformers, name)  # they are imported when they are first named
+with libraries.heavy_imports():  # all that train_qlora.tune imports
+    import datasets  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+
+    from tuner.data import tokenized  # noqa: F401
+    from tuner.model import fused, gemma_tokenizer, loading, lora  # noqa: F401
+    from tuner.system import devices  # noqa: F401
+    from tuner.training import (  # noqa: F401
+        adapter_weights,
+        checkpoint_state,
+        checkpoints,
+        gpu_budget,
+        loss_functions,
+        trainer,
+    )
 
 
 def start(arguments, log, on_operation=None):
-    """Forks a process that runs the script, returns its pid; on_operation(number) sees its writes."""
+    """Fork a process that runs the script; return its pid. on_operation(number) sees its file operations."""
     pid = os.fork()
     if pid:
         return pid
@@ -47,17 +55,18 @@ def start(arguments, log, on_operation=None):
         if on_operation:
             watch(on_operation)
         sys.argv = ["train_qlora.py", *arguments]
-        train_qlora.main()
-        code = 0
-    except SystemExit as error:
-        code = error.code or 0
+        run_script(train_qlora.main)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
 
 
 def watch(on_operation):
-    """Calls on_operation(number) before each write, sync, rename and removal that checkpoints are made of."""
+    """Call on_operation(number) before each write, sync, rename and removal that checkpoints are made of."""
     count = 0
 
     def counted(function):
@@ -77,7 +86,7 @@ def watch(on_operation):
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-def ended(pid):
+def exit_code(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -85,15 +94,25 @@ def sha256(folder):
     return hashlib.sha256(Path(folder, "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def whole_run(arguments):
-    """Runs it undisturbed; returns (seconds, file operations, sha256 of the adapter)."""
-    counts = os.open("operations", os.O_WRONLY | os.O_CREAT)
+def half_written(output):
+    """Return what is being written: the name of a .part folder in `output`, or None."""
+    parts = [path.name for path in Path(output).rglob("*.part") if path.is_dir()]
+    return min(parts, default=None)
+
+
+def undisturbed_run(arguments):
+    """Run it undisturbed; return (seconds, [what is half written at each operation], adapter's sha256)."""
+    log = os.open("operations", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def note(_):
+        os.write(log, f"{json.dumps(half_written('undisturbed'))}\n".encode())
+
     began = time.monotonic()
-    pid = start([*arguments, "--output", "whole"], "log", lambda n: os.pwrite(counts, b"%9d" % n, 0))
-    assert ended(pid) == 0, Path("log").read_text()
-    seconds, adapter = time.monotonic() - began, sha256("whole")
-    shutil.rmtree("whole")
-    return seconds, int(Path("operations").read_text()), adapter
+    pid = start([*arguments, "--output", "undisturbed"], "log", note)
+    assert exit_code(pid) == 0, Path("log").read_text()
+    seconds, adapter = time.monotonic() - began, sha256("undisturbed")
+    shutil.rmtree("undisturbed")
+    return seconds, [json.loads(line) for line in Path("operations").read_text().splitlines()], adapter
 
 
 def kill_at(moment, number):
@@ -101,46 +120,63 @@ def kill_at(moment, number):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_run(arguments, chance, by_clock, seconds, operations):
-    """Starts a run and kills it at a moment by chance, again if it had ended before; returns the moment."""
+def choose_moments(chance, count, seconds, operations):
+    """Return [(whether it is of the clock, moment), …]: seconds, or the number of an operation from 1."""
+    clocks = count - count // 2
+    moments = [(True, seconds * (0.2 + 0.8 * (i + chance.random()) / clocks)) for i in range(clocks)]
+    for kind in ("step-", "adapter.part")[: count // 2]:
+        within = [i + 1 for i, part in enumerate(operations) if part and part.startswith(kind)]
+        moments.append((False, chance.choice(within)))
+    spread = count - len(moments)
+    for i in range(spread):
+        moments.append((False, 1 + int(len(operations) * (i + chance.random()) / spread)))
+    return moments
+
+
+def killed_run(arguments, by_clock, moment):
+    """Start a run and kill it at a moment, an earlier one if it had ended before; return the moment."""
     while True:
         if by_clock:
-            moment = chance.uniform(0.2, 1.0) * seconds
             pid = start(arguments, "log")
             time.sleep(moment)
             os.kill(pid, signal.SIGKILL)
         else:
-            moment = chance.randint(1, operations)
             pid = start(arguments, "log", partial(kill_at, moment))
-        if ended(pid) == -signal.SIGKILL:
+        if exit_code(pid) == -signal.SIGKILL:
             return moment
         shutil.rmtree(arguments[-1])
+        moment = moment * 0.9 if by_clock else moment - 1
+
+
+def kill_and_resume(arguments, by_clock, moment):
+    """Kill a run and resume it; return a dict of what it left, and of the adapter that it ends with."""
+    output = arguments[-1]
+    moment = killed_run(arguments, by_clock, moment)
+    left = sorted({path.name for path in Path(output).rglob("*") if path.is_dir()})
+    whole = len(checkpoints.checkpoint_dirs(output))
+    code = exit_code(start([*arguments, "--resume"], "log"))
+    if not whole:
+        assert "has nothing to resume" in Path("log").read_text()
+        assert code == 1
+        code = exit_code(start(arguments, "log"))
+    assert code == 0, Path("log").read_text()
+    extra = [str(path) for path in Path(output).rglob("*.*") if path.suffix in (".part", ".old")]
+    result = {"moment": moment, "left": left, "whole": whole, "extra": extra, "sha256": sha256(output)}
+    shutil.rmtree(output)
+    return result
 
 
 def main():
-    folder, seed, moments, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+    folder, arguments = sys.argv[1], sys.argv[2:]
     os.chdir(folder)
-    whole_run(arguments)  # what is slow the first time is not measured
-    seconds, operations, adapter = whole_run(arguments)
-    print(json.dumps({"sha256": adapter, "seconds": seconds, "operations": operations}), flush=True)
-    for number in range(moments):
-        output = f"out{number}"
-        again = [*arguments, "--output", output]
-        chance = random.Random(f"{seed} {number}")
-        moment = killed_run(again, chance, number % 2 == 0, seconds, operations)
-        left = sorted({path.name for path in Path(output).rglob("*") if path.is_dir()})
-        found = checkpoints.checkpoint_dirs(output)
-        code = ended(start([*again, "--resume"], "log"))
-        log = Path("log").read_text()
-        if not found:
-            assert "has nothing to resume" in log
-            assert code == 1
-            code = ended(start(again, "log"))
-        assert code == 0, Path("log").read_text()
-        extra = [str(path) for path in Path(output).rglob("*.*") if path.suffix in (".part", ".old")]
-        line = {"moment": moment, "left": left, "whole": len(found), "extra": extra}
-        print(json.dumps({**line, "sha256": sha256(output)}), flush=True)
-        shutil.rmtree(output)
+    undisturbed_run(arguments)  # what is slow the first time is not measured
+    seconds, operations, adapter = undisturbed_run(arguments)
+    print(json.dumps({"sha256": adapter, "seconds": seconds, "operations": len(operations)}), flush=True)
+    for line in sys.stdin:
+        seed, count = line.split()
+        for by_clock, moment in choose_moments(random.Random(seed), int(count), seconds, operations):
+            result = kill_and_resume([*arguments, "--output", "killed"], by_clock, moment)
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

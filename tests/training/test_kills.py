@@ -1,0 +1,119 @@
+"""Kill -9, signals, a connection that goes away: in processes of their own."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.training import ROOT, killer, start_training
+from tuner.training import checkpoints
+
+KILLS_EACH = 10  # 50 in all
+
+
+@pytest.fixture(scope="module")
+def kill(arguments, tmp_path_factory):
+    with killer(tmp_path_factory.mktemp("kills"), arguments) as kill:
+        yield kill
+
+
+@pytest.mark.parametrize("seed", ["one", "two", "three", "four", "five"])
+def test_killed_at_fifty_moments_each_goes_on_to_the_same_adapter(kill, seed):
+    undisturbed, kills = kill(seed, KILLS_EACH)
+    assert len(kills) == KILLS_EACH
+    assert {killed["sha256"] for killed in kills} == {undisturbed["sha256"]}
+    assert not any(killed["extra"] for killed in kills)
+    assert sum(killed["whole"] > 0 for killed in kills) > 0.4 * KILLS_EACH
+    left = {name for killed in kills for name in killed["left"]}
+    assert any(name.endswith(".part") and name.startswith("step-") for name in left), "none in a checkpoint"
+    assert "adapter.part" in left, "none in the final write"
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def newest_whole(output, capsys):
+    """Return the newest checkpoint of a folder in which none is damaged."""
+    checkpoint = checkpoints.newest(output)
+    assert capsys.readouterr().out == ""
+    return checkpoint
+
+
+def test_a_dropped_connection_costs_nothing(arguments, tmp_path, capsys):
+    """The terminal of a session goes away, as with ssh: a hang-up, and nobody to read what is printed."""
+    main, terminal = pty.openpty()
+    process = start_training(
+        [*arguments, "--epochs", 10_000], tmp_path,
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    printed = b""
+    while b"epoch  2/" not in printed and b"epoch     2/" not in printed:
+        printed += os.read(main, 1000)
+    os.close(main)  # the kernel sends SIGHUP
+    assert process.wait(timeout=30) == 129
+    newest = newest_whole(tmp_path / "qlora_output", capsys)
+    assert newest.step >= 4
+    assert newest.step == len(newest.history["losses"])
+
+
+def test_what_is_printed_beside_the_bar_keeps_lines_of_its_own(arguments, tmp_path):
+    process = start_training(
+        [*arguments, "--epochs", 1], tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    lines = re.split(r"[\r\n]+", process.communicate(timeout=120)[0].decode())
+    assert process.returncode == 0
+    assert any(line.startswith("training: 100%") and line.endswith("]") for line in lines)
+    assert any(line.startswith("memory     peak RAM") for line in lines)
+
+
+def test_ctrl_c_of_a_pipe_whose_reader_it_ends_too(arguments, tmp_path, capsys):
+    """As in `python train_qlora.py | tee log`: tee dies of the same Ctrl-C, and nothing can be printed."""
+    reader, writer = os.pipe()
+    process = start_training([*arguments, "--epochs", 10_000], tmp_path, stdout=writer, stderr=writer)
+    os.close(writer)
+    printed = b""
+    while b"epoch" not in printed:
+        printed += os.read(reader, 1000)
+    os.close(reader)
+    output = tmp_path / "qlora_output"
+    step = checkpoints.checkpoint_dirs(output)
+    wait_for(lambda: checkpoints.checkpoint_dirs(output)[:1] > step)  # it goes on unread
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert newest_whole(output, capsys)
+
+
+def test_a_second_ctrl_c_quits_immediately(arguments, tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_qlora\n"
+        "from tuner.training import accumulation\n"
+        "def slow(*args):\n    print('in a step', flush=True)\n    while True: time.sleep(0.01)\n"
+        "accumulation.all_reduce_step = slow\ntrain_qlora.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "in a step" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.6)  # longer than a launcher takes to pass the first one on
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    errors = process.stderr.read()
+    assert "finishing this step and saving a checkpoint; press Ctrl-C again to quit now" in errors
+    assert "Traceback" not in errors
