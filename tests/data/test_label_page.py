@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.conftest import contrast
+from tests.support.browser_pages import contrast
 from tuner.data import label_page
 
 VOID = ("meta", "input")

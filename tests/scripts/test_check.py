@@ -17,7 +17,7 @@ from transformers import Gemma3ForCausalLM
 import check
 import train_qlora
 from benchmarks import random_gemma_4b
-from tests.conftest import tiny_config
+from tests.support.tiny_models import tiny_config
 from tuner.data import chat_rows, row_warnings
 from tuner.inference.probes import PROBES
 from tuner.model import hub

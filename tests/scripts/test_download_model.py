@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import download_model
-from tests.conftest import disk_for, other_writer
 from tests.support.hub_server import Hub
+from tests.support.processes import disk_for, other_writer
 from tuner.model import hub as model_hub
 from tuner.model import small_model
 from tuner.model.folders import BASE_MODEL, missing_files

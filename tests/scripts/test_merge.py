@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merge
-from tests.conftest import disk_for, other_writer, tiny_tokenizer, write_tiny_adapter
+from tests.support.processes import disk_for, other_writer
+from tests.support.tiny_models import tiny_tokenizer, write_tiny_adapter
 from tuner.inference import generation, judging
 from tuner.inference.probes import PROBES
 from tuner.model import folders, loading
@@ -100,7 +101,7 @@ def test_the_folder_loads_bare_and_without_a_warning_and_answers_as_the_two(adap
     assert not re.sub(r".*Loading weights.*", "", result.stderr).strip()
 
     asked = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
-    both, tokenizer, _ = generation.load_tuned(adapter, None)
+    both, tokenizer, _ = generation.load_tuned(adapter, None, train_qlora.quantization_config)
     whole = loading.load_base(str(merged), None, "cpu", torch.float32).eval()
     answers = (
         generation.answer_all(both, tokenizer, asked[:1]),
