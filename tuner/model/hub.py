@@ -23,7 +23,7 @@ NOT_NEEDED = ["*/*"]
 RESERVE = 10**9  # bytes of disk left free beside the model: a full disk breaks more than a download
 CHECK_TIMEOUT = 10  # seconds for each of the two requests to the hub before the first large byte
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-RETRY = "run the same command again to resume"
+RETRY = "run the same command again to continue"
 LOGIN = f"create a token at {TOKENS_PAGE}, then `hf auth login` or set HF_TOKEN"
 
 

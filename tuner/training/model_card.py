@@ -4,7 +4,7 @@ from contextlib import suppress
 
 
 def model_card(base, revision, run, comparison):
-    """Returns the README.md of the merged model; run and comparison are {} where nothing is known."""
+    """Return the README.md of the merged model; run and comparison are {} where nothing is known."""
     lines = [
         "---",
         f"base_model: {base}",
@@ -18,13 +18,14 @@ def model_card(base, revision, run, comparison):
         "model. Gemma's terms of use apply: https://ai.google.dev/gemma/terms",
         "",
     ]
-    for facts, found in ((run_facts, run), (comparison_facts, comparison)):
+    for describe, record in ((describe_run, run), (describe_comparison, comparison)):
         with suppress(LookupError, TypeError, AttributeError):  # {}, or not written by these scripts
-            lines += facts(found)
+            lines += describe(record)
     return "\n".join(lines) + "\n"
 
 
-def run_facts(run):
+def describe_run(run):
+    """Return lines on how the adapter was trained, by its run.json."""
     settings = {k: v for k, v in run["settings"].items() if k not in ("model", "data", "output")}
     return [
         f"- settings: {', '.join(f'{k} {v}' for k, v in settings.items())}",
@@ -34,9 +35,10 @@ def run_facts(run):
     ]
 
 
-def comparison_facts(comparison):
+def describe_comparison(comparison):
+    """Return lines on how the tuned model answered, by compare.json."""
     tuned = comparison["rows"]["tuned"]
-    bits = f"in {comparison['bits']} bits" if comparison["bits"] else "unquantised"
+    bits = f"in {comparison['bits']} bits" if comparison["bits"] else "unquantized"
     return [
         f"- probes passed, base {bits}: {comparison['passed']} of {len(comparison['probes'])}",
         f"- held-out rows, base {bits}: {tuned['right']} of {tuned['needed']} calls right, "

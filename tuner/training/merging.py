@@ -1,0 +1,65 @@
+"""Put an adapter on its base in bf16, and write the two as one model."""
+
+import shutil
+
+import psutil
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from tuner.model import loading, locate
+from tuner.system import devices
+from tuner.system.errors import UserError
+from tuner.training import adapter_weights
+
+SHARD_SIZE = "5GB"
+GPU_ROOM = 1.2  # of the weights' size: what merging and answering six probes takes beside them
+CPU_ROOM = 2.4  # the CPU computes in fp32: twice the bf16 weights, and the same room
+DISK_ROOM = 1.05  # of the weights' size, and DISK_BESIDE: tokenizer and configs
+DISK_BESIDE = 100e6
+
+
+def find_base(adapter, base):
+    """Return (folder, revision) of the base, downloaded or built if need be, once the adapter fits it."""
+    cure = f"the adapter in {adapter} needs it"
+    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available(), cure=cure)
+    adapter_weights.check_adapter(adapter, folder, revision)
+    return folder, revision
+
+
+def choose_device(weight_bytes, parent):
+    """Return (device, dtype) to merge in; print what it takes there, and on the disk of the folder `parent`.
+
+    On a CPU the dtype is fp32, which holds the same bf16 values exactly. Raise UserError if disk or memory
+    are too small.
+    """
+    device, needed, free = torch.device("cpu"), CPU_ROOM * weight_bytes, psutil.virtual_memory().available
+    if torch.cuda.is_available() and devices.gpu_dtype() == torch.bfloat16:
+        free_gpu, _ = torch.cuda.mem_get_info()
+        if free_gpu > GPU_ROOM * weight_bytes:
+            device, needed, free = torch.device("cuda:0"), GPU_ROOM * weight_bytes, free_gpu
+    disk, free_disk = DISK_ROOM * weight_bytes + DISK_BESIDE, shutil.disk_usage(parent).free
+    print(
+        f"needs      {needed / 1e9:.1f} GB of memory on {devices.device_name(device)} "
+        f"({free / 1e9:.1f} free), {disk / 1e9:.1f} GB of disk ({free_disk / 1e9:.1f} free)",
+        flush=True,
+    )
+    if disk > free_disk:
+        raise UserError(
+            f"not enough disk space in {parent}; free some, or name a folder on a larger disk with --output"
+        )
+    if needed > free:
+        raise UserError("not enough memory; close other programs, or merge on a larger machine")
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def load_with_adapter(folder, adapter, device, dtype):
+    """Return (model, tokenizer) of the base in `folder`, unquantized, with the adapter on it."""
+    model = loading.load_base(folder, None, device, dtype)
+    return PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def save_merged(model, folder):
+    """Add the adapter to the weights of a PeftModel, and write these in bf16; the model is used up."""
+    merged = model.merge_and_unload(safe_merge=True).to(torch.bfloat16)
+    merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
