@@ -6,10 +6,10 @@ import time
 import httpx2
 import pytest
 
-from tests.conftest import contrast
+from tests.support.browser_pages import contrast
 from tests.support.echo_server import CALL, ORDER, eventually, serving
 from tuner.data.tool_call import format_call
-from tuner.inference import generation
+from tuner.inference import judging
 from tuner.inference.probes import PROBES
 
 
@@ -18,7 +18,7 @@ def two(echo):
     """A server of the echo as tuned and base, whose page asks for answers of 200 tokens: of letters, here."""
     echo[0].disable_adapter = contextlib.nullcontext
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "MAX_NEW_TOKENS", 200)
+        patch.setattr(judging, "MAX_NEW_TOKENS", 200)
         with serving(echo, names=("tuned", "base")) as server:
             yield server
 
@@ -159,7 +159,7 @@ def test_the_next_question_breaks_off_the_one_before(visit, two, echo, monkeypat
         started = time.monotonic()
         assert columns(page, ["3 tokens, text"] * 2) == ["ab"] * 2
         assert time.monotonic() - started < 4
-    eventually(lambda: not two.jobs)
+    eventually(lambda: not two.generations)
     assert page.locator(".answer").all_inner_texts() == ["ab"] * 2
     assert page.locator(".trouble").filter(visible=True).count() == 0
 

@@ -1,7 +1,6 @@
 """A server whose model says what the user said: a tiny one of random weights writes no calls.
 
-At every step the likeliest token is the next one of that, and all else (template, generation, streaming) is
-as ever.
+At every step the likeliest token is the next one of that; all else (template, generation, streaming) is real.
 """
 
 import contextlib
@@ -11,9 +10,10 @@ from types import SimpleNamespace
 
 import torch
 
+from train_qlora import quantization_config
 from tuner.data.tool_call import format_call
 from tuner.inference import generation
-from tuner.serving import http_server
+from tuner.serving import http_server, listening
 
 CALL = format_call("get_sensitive_data", {})
 ORDER = format_call("get_order", {"номер": 5, "note": 'a "b" <c>'})
@@ -21,11 +21,11 @@ START, END = 105, 106  # of a turn
 
 
 def echo(folder):
-    """Returns the (model, tokenizer) of a folder that answer with model.says, or what the user said last.
+    """Return the (model, tokenizer) of a folder that answer with model.says, or what the user said last.
 
     model.delay: seconds that a token takes.
     """
-    model, tokenizer = generation.load_model(folder, "tiny", None)
+    model, tokenizer = generation.load_model(folder, "tiny", None, quantization_config)
     script = []
 
     def say(module, args, kwargs, output):
@@ -48,14 +48,15 @@ def echo(folder):
 
 @contextlib.contextmanager
 def serving(served, key="", names=("tuned",)):
-    """Gives a server's address and the jobs in its hand."""
-    jobs = {}
-    with http_server.listen("127.0.0.1", 0, key) as listening:
-        server = http_server.make_server(http_server.make_app(*served, list(names), key, jobs), jobs)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    """Give a server's url, and its generations: those that are asked for and not finished."""
+    service = http_server.ChatService(*served, list(names), key)
+    with listening.listen("127.0.0.1", 0, key) as listener:
+        server = http_server.Server(service)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield SimpleNamespace(url=f"http://127.0.0.1:{listening.getsockname()[1]}", jobs=jobs)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield SimpleNamespace(url=url, generations=service.generations)
         finally:
             server.should_exit = True
             thread.join()

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: what a request may ask; how an answer is told, whole and streamed; errors."""
+"""OpenAI's chat completions: what a request may ask; an answer's form, whole and streamed; errors."""
 
 import asyncio
 import json
@@ -11,14 +11,14 @@ from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuner.data import chat_rows, tool_call
-from tuner.inference import generation
+from tuner.inference.generation import prompt_ids
 from tuner.system.console import printable
 
-NEW_TOKENS = 512  # of an answer, where the request names no other number
-ROUTES = "there are /v1/chat/completions, /v1/models, /health and the page at /"
-BUG = {"message": "an error of the server, which its log shows"}
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+MAX_COMPLETION_TOKENS = 512  # where the request names no other number
+ROUTES = "available: /v1/chat/completions, /v1/models, /health and the page at /"
+INTERNAL_ERROR = {"message": "internal server error; see the server's log"}
+NonEmpty = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 # ------------------------------------------------------------------------------------------ requests
@@ -33,7 +33,7 @@ class TextFormat(BaseModel):
 
 
 class ChatCompletionRequest(BaseModel):
-    """A request. What cannot be done is refused by a field's type, and fields not named here are ignored."""
+    """A request. A field's type refuses what cannot be done; fields not named here are ignored."""
 
     model_config = ConfigDict(strict=True)
     messages: list[dict]
@@ -42,12 +42,12 @@ class ChatCompletionRequest(BaseModel):
     tool_choice: Literal["auto", "none"] | None = None  # no call can be forced: the model decides
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # 0 if not given: what compare.py judges
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
     response_format: TextFormat | None = None
     logprobs: Literal[False] | None = None
@@ -57,12 +57,14 @@ class ChatCompletionRequest(BaseModel):
 
 
 class Generation(NamedTuple):
+    """An answer that is asked for or being written."""
+
     model: str
-    asked: ChatCompletionRequest
-    ids: list  # tokens of the prompt
-    new: int  # how many tokens the answer may have
-    pieces: asyncio.Queue  # of the answer as it is written: str …, at last an End or an exception
-    gone: threading.Event  # nobody waits for the answer any more
+    request: ChatCompletionRequest
+    prompt_ids: list
+    max_new_tokens: int
+    output: asyncio.Queue  # the answer as it is written: pieces of text, at last a Finish or an exception
+    disconnected: threading.Event  # the client no longer waits for the answer
 
 
 class Finish(NamedTuple):
@@ -71,143 +73,147 @@ class Finish(NamedTuple):
 
 
 def http_error(status, message, code=None, param=None, headers=None):
-    """Returns the exception that is answered with this status, in OpenAI's form of an error."""
+    """Return the exception that is answered with this status, in OpenAI's form of an error."""
     return HTTPException(status, {"message": message, "code": code, "param": param}, headers)
 
 
 def error_body(status, detail):
-    """Returns an error in OpenAI's form; detail is a refusal's, or a few words of the framework's."""
+    """Return an error in OpenAI's form; detail is http_error's, or a few words of the framework's."""
     fields = detail if isinstance(detail, dict) else {"message": f"{detail}; {ROUTES}"}
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"type": kind, "code": None, "param": None, **fields}}
 
 
 def parse_request(body):
-    """Returns a request's body as Asked; raises a refusal that names its first fault."""
+    """Return a body as a ChatCompletionRequest; raise an HTTP error that names its first fault."""
     try:
         return ChatCompletionRequest.model_validate_json(body)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, fault["loc"]))
-        if place.startswith("stop"):  # of two types, and pydantic tells of the first alone
-            place, fault["msg"] = "stop", "a string, or up to 4, none of them empty"
-        text = printable(f"{place}: {fault['msg']}" if place else fault["msg"], 200)
-        raise http_error(400, text, param=place.split(".")[0] or None) from None
+        field, reason = ".".join(map(str, fault["loc"])), fault["msg"]
+        if field.startswith("stop"):  # of two types, and pydantic reports the first alone
+            field, reason = "stop", "expected a string, or up to 4, none of them empty"
+        elif field == "tool_choice":
+            reason = 'forcing a call is not supported; use "auto" or "none"'
+        text = printable(f"{field}: {reason}" if field else reason, 200)
+        raise http_error(400, text, param=field.split(".")[0] or None) from None
 
 
-def make_generation(asked, names, tokenizer, context):
-    """Returns the Job of a request to one of the models `names`, the first if it names none.
+def make_generation(request, names, tokenizer, context):
+    """Return the Generation for a request to one of the models `names`, the first if it names none.
 
-    Raises a refusal for a model that is not there, and for messages that are at fault or do not fit.
+    context: tokens of prompt and answer together. Raise an HTTP error for a model that is not served, and for
+    messages that are wrong or do not fit.
     """
-    if asked.model not in (None, *names):
-        text = f"no model {printable(asked.model)} is here, but {' and '.join(names)}"
+    if request.model not in (None, *names):
+        text = f'model "{printable(request.model)}" not found; available: {", ".join(names)}'
         raise http_error(404, text, "model_not_found", "model")
-    messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in asked.messages]
+    messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in request.messages]
     try:
         messages = chat_rows.validate_and_render(messages)
     except ValueError as error:
         text = " / ".join(printable(line, 200) for line in str(error).split("\n")[:3])
         raise http_error(400, text, param="messages") from None
     if messages[-1]["role"] != "user":
-        text = f'the last message is from "{messages[-1]["role"]}"; let "user" or "tool" speak last'
+        text = f'the last message is from "{messages[-1]["role"]}"; it must be from "user" or "tool"'
         raise http_error(400, text, param="messages")
-    ids = generation.prompt_ids(tokenizer, messages)
-    wanted = asked.max_completion_tokens or asked.max_tokens
-    new = wanted or max(1, min(NEW_TOKENS, context - len(ids)))
-    if len(ids) + new > context:
-        text = f"{len(ids)} tokens of messages and {new} to be written are more than the {context} that fit"
-        raise http_error(400, text, "context_length_exceeded", "max_tokens" if wanted else "messages")
-    return Generation(asked.model or names[0], asked, ids, new, asyncio.Queue(), threading.Event())
+    ids = prompt_ids(tokenizer, messages)
+    requested = request.max_completion_tokens or request.max_tokens
+    max_new_tokens = requested or max(1, min(MAX_COMPLETION_TOKENS, context - len(ids)))
+    if len(ids) + max_new_tokens > context:
+        text = f"{len(ids)} prompt tokens + {max_new_tokens} for the answer exceed the context of {context}"
+        raise http_error(400, text, "context_length_exceeded", "max_tokens" if requested else "messages")
+    model = request.model or names[0]
+    return Generation(model, request, ids, max_new_tokens, asyncio.Queue(), threading.Event())
 
 
 # ------------------------------------------------------------------------------------------- answers
 
 
-def split_at_stop(text, stops):
-    """Returns (what may be said of a text, what may begin a stop string, whether it holds a whole one)."""
-    places = [text.find(stop) for stop in stops if stop in text]
-    if places:
-        return text[: min(places)], "", True
-    beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
-    held = max((len(b) for b in beginnings if text.endswith(b)), default=0)
-    return text[: len(text) - held], text[len(text) - held :], False
-
-
-async def answer_parts(job):
-    """Yields what the answer says (str) and calls (Call) as soon as it is settled, at last the End."""
-    reads_calls, held, piece = bool(job.asked.tools) and job.asked.tool_choice != "none", "", ""
+async def answer_parts(generation):
+    """Yield the answer's text (str) and calls (Call) as soon as they are settled, at last the Finish."""
+    request = generation.request
+    parses_calls, held_back, piece = bool(request.tools) and request.tool_choice != "none", "", ""
     while not isinstance(piece, Finish):
-        piece = await job.pieces.get()
+        piece = await generation.output.get()
         if isinstance(piece, BaseException):
             raise piece
-        new = piece if isinstance(piece, str) else ""
-        settled, held = tool_call.split_text(held + new, more=new != "") if reads_calls else ([new], "")
+        text = piece if isinstance(piece, str) else ""
+        settled = [text]
+        if parses_calls:
+            settled, held_back = tool_call.split_text(held_back + text, more=text != "")
         for part in settled:
             if part != "":
                 yield part
     yield piece
 
 
-def call_of(part):
-    """Returns a tool_call.Call in OpenAI's form."""
-    function = {"name": part.name, "arguments": json.dumps(part.arguments, ensure_ascii=False)}
+def openai_call(call):
+    """Return a tool_call.Call in OpenAI's form."""
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
     return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
-def head(job, kind):
-    name = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind}
-    return {**name, "created": int(time.time()), "model": job.model}
+def response_head(generation, kind):
+    """Return the fields that a response begins with; kind: what the object is."""
+    identity = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind}
+    return {**identity, "created": int(time.time()), "model": generation.model}
 
 
-def usage(job, end):
-    counts = {"prompt_tokens": len(job.ids), "completion_tokens": end.tokens}
+def usage(generation, finish):
+    counts = {"prompt_tokens": len(generation.prompt_ids), "completion_tokens": finish.tokens}
     return {**counts, "total_tokens": sum(counts.values())}
 
 
-async def complete_answer(job):
-    """Returns the answer in OpenAI's form; a content of blanks beside calls is null, as with vLLM."""
+async def complete_answer(generation):
+    """Return the answer in OpenAI's form; a content of blanks beside calls is null, as with vLLM."""
     text, calls = "", []
-    async for part in answer_parts(job):
+    async for part in answer_parts(generation):
         if isinstance(part, str):
             text += part
         elif isinstance(part, tool_call.Call):
-            calls.append(call_of(part))
+            calls.append(openai_call(part))
     message = {"role": "assistant", "content": text}
     if calls:
         message |= {"content": text if text.strip() else None, "tool_calls": calls}
     reason = "tool_calls" if calls else part.reason
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-    return {**head(job, "chat.completion"), "choices": [choice], "usage": usage(job, part)}
+    return {
+        **response_head(generation, "chat.completion"),
+        "choices": [choice],
+        "usage": usage(generation, part),
+    }
 
 
-async def stream_events(job):
-    """Yields the answer as OpenAI streams it, in server-sent events; an error is the last of them."""
-    start, calls, first = head(job, "chat.completion.chunk"), 0, {"role": "assistant", "content": None}
-    counts = job.asked.stream_options and job.asked.stream_options.include_usage
+async def stream_events(generation):
+    """Yield the answer as OpenAI streams it, in server-sent events; an error is the last of them."""
+    head, calls = response_head(generation, "chat.completion.chunk"), 0
+    first = {"role": "assistant", "content": None}
+    options = generation.request.stream_options
+    counts = options and options.include_usage
 
     def event(value):
         return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
     def chunk(delta, reason=None):
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return event({**start, "choices": [choice], **({"usage": None} if counts else {})})
+        return event({**head, "choices": [choice], **({"usage": None} if counts else {})})
 
     try:
-        async for part in answer_parts(job):
+        async for part in answer_parts(generation):
             if isinstance(part, str):
                 yield chunk({**first, "content": part})
             elif isinstance(part, tool_call.Call):
-                yield chunk({**first, "tool_calls": [{"index": calls, **call_of(part)}]})
+                yield chunk({**first, "tool_calls": [{"index": calls, **openai_call(part)}]})
                 calls += 1
             else:
                 yield chunk(first and {**first, "content": ""}, "tool_calls" if calls else part.reason)
             first = {}
         if counts:
-            yield event({**start, "choices": [], "usage": usage(job, part)})
+            yield event({**head, "choices": [], "usage": usage(generation, part)})
         yield "data: [DONE]\n\n"
     except HTTPException as error:
         yield event(error_body(error.status_code, error.detail))
     except Exception:
-        yield event(error_body(500, BUG))
+        yield event(error_body(500, INTERNAL_ERROR))
         raise
