@@ -2,69 +2,73 @@
 
 from functools import partial
 
+import bitsandbytes
+import torch
+from transformers.cache_utils import Cache, StaticLayer
+
 from tuner.model import attention, quantized
 from tuner.system import devices
 from tuner.training import cuda_graphs
 
 
 def multiply_without_sync(decoder):
-    """Has layers of 8 bits multiply as training by graphs does: bitsandbytes itself waits for the GPU."""
-    import bitsandbytes
+    """Make 8-bit layers multiply as training by graphs does: bitsandbytes itself waits for the GPU."""
 
     def multiply(product, values):
         return product(values.flatten(0, -2)).unflatten(0, values.shape[:-1])
 
     for layer in decoder.modules():
         if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
-            layer.forward = partial(multiply, quantized.eight_bits(layer).product)
+            layer.forward = partial(multiply, quantized.Int8Linear(layer).forward)
 
 
-def decode(model, input_ids, attention_mask, new, ends, on_step):
-    """Continues prompts greedily; returns the new tokens of each, at most `new`, as lists of equal length.
+def decode(model, inputs, max_new_tokens, ends, on_step):
+    """Continue prompts greedily; return the new tokens of each, at most max_new_tokens, in equal numbers.
 
-    input_ids, attention_mask: (rows, tokens), padded on the left; it goes on until every row has had one of
-    the tokens `ends`, and what a row has after its own means nothing. on_step() is called at every step.
+    inputs: input_ids and attention_mask, each (rows, tokens), padded on the left. Decoding goes on until each
+    row has had one of the tokens `ends`; what a row has after its own means nothing. on_step() is called at
+    every step.
     """
-    import torch
-    from transformers.cache_utils import Cache, StaticLayer
-
-    rows, prompt = input_ids.shape
+    input_ids = inputs["input_ids"]
+    rows, prompt_length = input_ids.shape
     decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device
-    cache = Cache(layers=[StaticLayer(prompt + new) for _ in decoder.layers])
-    places = torch.arange(prompt + new, device=device)
-    starts = prompt - attention_mask.sum(1)  # where a row's padding ends
+    cache = Cache(layers=[StaticLayer(prompt_length + max_new_tokens) for _ in decoder.layers])
+    cache_positions = torch.arange(prompt_length + max_new_tokens, device=device)
+    starts = prompt_length - inputs["attention_mask"].sum(1)  # where a row's padding ends
     ends = torch.tensor(ends, device=device)
-    # What a step reads and leaves, always in the same memory: the last token, its place, whether a row ended.
-    token, place = torch.zeros_like(input_ids[:, :1]), torch.full((1,), prompt - 1, device=device)
+    # What a step reads and writes, always in the same memory: the last token, its position, whether each row
+    # has ended.
+    token = torch.zeros_like(input_ids[:, :1])
+    position = torch.full((1,), prompt_length - 1, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    written = torch.zeros((rows, new), dtype=torch.long, device=device)
+    new_tokens = torch.zeros((rows, max_new_tokens), dtype=torch.long, device=device)
 
-    def step(ids, asking):
-        """Writes the token that follows ids, (rows, n), whose places are `asking`, (n,)."""
-        own = (places >= starts[:, None])[:, None]
-        masks = attention.attention_masks(model, own, asking[:, None] - places)
-        positions = (asking - starts[:, None]).clamp(min=0)
+    def step(ids, query_positions):
+        """Write the token that follows ids, (rows, n), which stand at query_positions, (n,)."""
+        not_padding = (cache_positions >= starts[:, None])[:, None]
+        masks = attention.attention_masks(model, not_padding, query_positions[:, None] - cache_positions)
+        position_ids = (query_positions - starts[:, None]).clamp(min=0)
         states = decoder(
-            input_ids=ids, position_ids=positions, attention_mask=masks, past_key_values=cache
+            input_ids=ids, position_ids=position_ids, attention_mask=masks, past_key_values=cache
         ).last_hidden_state
         token.copy_(head(states[:, -1]).argmax(-1, keepdim=True))
-        place.add_(1)
-        written.index_copy_(1, place - prompt, token)
+        position.add_(1)
+        new_tokens.index_copy_(1, position - prompt_length, token)
         ended.logical_or_(torch.isin(token[:, 0], ends))
 
-    def launch():
-        step(token, place)
+    def next_step():
+        step(token, position)
 
     multiply_without_sync(decoder)
     with torch.inference_mode(), devices.without_cudnn_attention():
-        step(input_ids, places[:prompt])
+        step(input_ids, cache_positions[:prompt_length])
         graph = None
-        for number in range(1, new):
+        for number in range(1, max_new_tokens):
             on_step()
             if ended.all():
                 break
             if number == 2 and device.type == "cuda":  # the first one loads what a capture must not
-                graph, _ = cuda_graphs.capture(launch)
-            (graph.replay if graph else launch)()
+                graph, _ = cuda_graphs.capture(next_step)
+            (graph.replay if graph else next_step)()
         on_step()
-        return written[:, : place.item() - prompt + 1].tolist()
+        return new_tokens[:, : position.item() - prompt_length + 1].tolist()

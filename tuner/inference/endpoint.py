@@ -1,4 +1,4 @@
-"""An OpenAI-style endpoint, asked for answers: what comes back, and in one line why nothing does."""
+"""Ask an OpenAI-style endpoint for answers; where none comes, say in one line why."""
 
 import asyncio
 import json
@@ -8,16 +8,20 @@ import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import httpx2  # what huggingface_hub talks through
+from tqdm import tqdm
+
 from tuner.data import tool_call
+from tuner.inference.judging import MAX_NEW_TOKENS
 from tuner.system.console import printable
 from tuner.system.errors import UserError
 
-AT_ONCE = 4  # requests
+CONCURRENT_REQUESTS = 4
 TIMEOUT = 300  # seconds for an answer; a CPU that answers four at once takes one or two minutes
-REACHED_WITHIN = 10  # seconds for a connection
-PATIENCE = 60  # seconds that an endpoint may stay busy (429, 503), all waits together
+CONNECT_TIMEOUT = 10  # seconds
+BUSY_TIMEOUT = 60  # seconds that an endpoint may stay busy (429, 503), all waits together
 KEY = "OPENAI_API_KEY"
-OTHER_ADDRESS = "name an OpenAI-style server, with its path: …/v1"
+WRONG_SERVER = "check that --endpoint is an OpenAI-style server, path included: …/v1"
 
 
 class Reply(NamedTuple):
@@ -27,7 +31,14 @@ class Reply(NamedTuple):
     tagged: int  # calls that came as tags in the text
 
 
-class Refused(UserError):
+class Replies(NamedTuple):
+    model: str
+    listed: int  # models that the endpoint lists; 0 if it was not asked
+    replies: list  # a Reply for each conversation
+    tools_refused: str | None  # what the endpoint says where it takes no tools, and all were asked without
+
+
+class RefusedError(UserError):
     """The endpoint understood, and would not; `reason` is what it says."""
 
     def __init__(self, text, reason):
@@ -36,9 +47,7 @@ class Refused(UserError):
 
 
 def check_address(text):
-    """Returns an http(s) address as it is asked; raises ValueError for another, or one with a password."""
-    import httpx2  # what huggingface_hub talks through
-
+    """Return an http(s) address as requests need it; ValueError for another, or one with a password."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError
@@ -51,139 +60,134 @@ def check_address(text):
     return text.rstrip("/")
 
 
-def ask(url, model, conversations, places, tools, max_tokens):
-    """Asks a model (None: the first that the endpoint lists) conversations, greedily, AT_ONCE at a time.
+def ask(url, model, conversations, places, tools):
+    """Ask a model (None: the first that the endpoint lists) conversations, greedily; return Replies.
 
-    Returns (model, how many it lists, 0 if it was not asked, replies in order, refusal). The functions that
-    `tools` names are declared with each question; where the endpoint takes none, refusal is what it says, and
-    all are asked without. places say where a conversation stands. Raises UserError if there is no answer.
+    The functions that `tools` names are declared with each question; where the endpoint takes none, all are
+    asked without. places say where a conversation stands. Raise UserError if there is no answer.
     """
-    return asyncio.run(_ask(url, model, conversations, places, tools, max_tokens))
+    return asyncio.run(_ask(url, model, conversations, places, tools))
 
 
-async def _ask(url, model, conversations, places, tools, max_tokens):
-    import httpx2
-    from tqdm import tqdm
-
-    key = os.environ.get(KEY, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UserError(f"the key in {KEY} holds characters that no key has; set it anew")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    timeout = httpx2.Timeout(None, connect=REACHED_WITHIN)
-    direct = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))  # whatever HTTP_PROXY says
-    async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=timeout, mounts=direct) as client:
+async def _ask(url, model, conversations, places, tools):
+    async with _client(url) as client:
         listed = 0
         if model is None:
-            models = names_of(await _send(client, "GET", "models"))
+            models = model_names(await _send(client, "GET", "models"))
             if not models:
-                raise UserError(f"{url} lists no models; name its model: --model …")
+                raise UserError(f"{url} lists no models; name one with --model")
             model, listed = models[0], len(models)
-        model = _clean(model)
-        settings = {"model": model, "temperature": 0, "max_tokens": max_tokens}
-        form = {"type": "object", "properties": {}}
-        functions = [{"type": "function", "function": {"name": name, "parameters": form}} for name in tools]
+        model = _encodable(model)
+        settings = {"model": model, "temperature": 0, "max_tokens": MAX_NEW_TOKENS}
+        parameters = {"type": "object", "properties": {}}
+        functions = [{"name": name, "parameters": parameters} for name in tools]
         # With no parser for calls, vLLM refuses questions that declare a tool, and so does llama.cpp without
         # --jinja; the first question, asked alone, finds that out.
-        declared, refusal = {"tools": functions}, None
-
-        async def one(number):
-            body = {**settings, **declared, "messages": conversations[number]}
-            try:
-                return reply_of(await _send(client, "POST", "chat/completions", body))
-            except UserError as error:
-                error.args = (f"{places[number]}: {error}",)
-                raise
-
+        declared = {"tools": [{"type": "function", "function": function} for function in functions]}
+        tools_refused = None
+        semaphore = asyncio.Semaphore(CONCURRENT_REQUESTS)
         bar = tqdm(total=len(conversations), desc="answering", unit="row", leave=False, disable=None)
+
+        async def ask_one(number):
+            body = {**settings, **declared, "messages": conversations[number]}
+            async with semaphore:
+                try:
+                    reply = parse_reply(await _send(client, "POST", "chat/completions", body))
+                except UserError as error:
+                    error.args = (f"{places[number]}: {error}",)
+                    raise
+            bar.update()
+            return reply
+
         with bar:
             try:
-                replies = [await one(0)]
-            except Refused as error:
-                declared, refusal = {}, error.reason
+                replies = [await ask_one(0)]
+            except RefusedError as error:
+                declared, tools_refused = {}, error.reason
                 try:
-                    replies = [await one(0)]
-                except Refused:
+                    replies = [await ask_one(0)]
+                except RefusedError:
                     raise error from None
-            bar.update()
-            gate = asyncio.Semaphore(AT_ONCE)
+            replies += await asyncio.gather(*map(ask_one, range(1, len(conversations))))
+    return Replies(model, listed, replies, tools_refused)
 
-            async def next_one(number):
-                async with gate:
-                    reply = await one(number)
-                bar.update()
-                return reply
 
-            replies += await asyncio.gather(*map(next_one, range(1, len(conversations))))
-    return model, listed, replies, refusal
+def _client(url):
+    """Return the HTTP client for an endpoint, with the key from the environment."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{KEY} contains characters that no API key has; set it again")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    timeout = httpx2.Timeout(None, connect=CONNECT_TIMEOUT)
+    direct = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))  # whatever HTTP_PROXY says
+    return httpx2.AsyncClient(base_url=url, headers=headers, timeout=timeout, mounts=direct)
 
 
 async def _send(client, method, path, body=None):
-    """Returns an answer's JSON; a busy endpoint is asked again for PATIENCE. Raises UserError, or Refused."""
-    import httpx2
-
+    """Return a response's JSON; retry a busy endpoint for BUSY_TIMEOUT. Raise UserError or RefusedError."""
     url = str(client.base_url).rstrip("/")
-    began, pause = time.monotonic(), 1
+    started, pause = time.monotonic(), 1
     while True:
         try:
             response = await asyncio.wait_for(client.request(method, path, json=body), TIMEOUT)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            reason = printable(str(error), 100) or f"no connection within {REACHED_WITHIN} s"
-            cure = "start the server, or mend the address"
-            raise UserError(f"{url} cannot be reached ({reason}); {cure}") from None
+            reason = printable(str(error), 100) or f"no connection within {CONNECT_TIMEOUT} s"
+            cure = "start the server, or correct the address"
+            raise UserError(f"cannot connect to {url} ({reason}); {cure}") from None
         except asyncio.TimeoutError:
-            raise UserError(f"{url} gave no answer within {TIMEOUT} s; see its log") from None
+            raise UserError(f"{url} did not answer within {TIMEOUT} s; see its log") from None
         except httpx2.HTTPError as error:
             reason = printable(str(error), 100) or type(error).__name__
-            raise UserError(f"{url} broke off ({reason}); see its log, then ask again") from None
+            raise UserError(f"{url} broke the connection ({reason}); see its log, then try again") from None
         if response.status_code not in (429, 503):
             break
         after = response.headers.get("Retry-After", "")
         wait = max(1, int(after)) if re.fullmatch("[0-9]{1,6}", after) else pause
-        if time.monotonic() - began + wait > PATIENCE:
-            said = _reason(response, client)
-            raise UserError(f"{url} stays busy ({response.status_code}: {said}); ask again later")
+        if time.monotonic() - started + wait > BUSY_TIMEOUT:
+            reason = _reason(response, client)
+            raise UserError(f"{url} is still busy ({response.status_code}: {reason}); try again later")
         await asyncio.sleep(wait)
         pause = min(2 * pause, 8)
     if response.is_success:
         try:
             return response.json()
         except (ValueError, RecursionError):
-            kind = printable(response.headers.get("Content-Type", "of no type"))
-            raise UserError(f"{url} answers with no JSON ({kind}); {OTHER_ADDRESS}") from None
+            kind = printable(response.headers.get("Content-Type", "no content type"))
+            raise UserError(f"{url} does not answer in JSON ({kind}); {WRONG_SERVER}") from None
     raise _failure(url, response, _reason(response, client), path)
 
 
 def _failure(url, response, reason, path):
-    """Returns the error for an answer that is none, with the cure."""
+    """Return the error for a response without success, with the cure."""
     status = response.status_code
     if status in (401, 403):
         if "Authorization" in response.request.headers:
-            return UserError(f"{url} does not take the key in {KEY} ({status}); set the right one")
-        return UserError(f"{url} wants a key ({status}); set {KEY}")
+            return UserError(f"{url} rejects the API key in {KEY} ({status}); set the right one")
+        return UserError(f"{url} requires an API key ({status}); set {KEY}")
     if response.is_redirect:
-        return UserError(f"{url} has moved ({status}); name the address that it moved to")
-    said = f"{status}: {reason}"
-    other = ", or name its model with --model" if path == "models" else ""  # not every server lists them
+        return UserError(f"{url} redirects ({status}); use the address it redirects to")
+    reason_text = f"{status}: {reason}"
+    or_model = ", or name its model with --model" if path == "models" else ""  # not every server lists them
     if status == 404 and path != "models" and "model" in reason.lower():
-        return UserError(f"{url} refuses ({said}); name a model that it has with --model")
+        return UserError(f"{url} rejects the request ({reason_text}); name a model that it has with --model")
     if status in (404, 405):
-        cure = "end its address in /v1" + (other or ", and name a model that it has")
-        return UserError(f"{url} has no /{path} ({said}); {cure}")
+        cure = "end the address in /v1" + (or_model or ", and name a model that it has")
+        return UserError(f"{url} has no /{path} ({reason_text}); {cure}")
     if re.search("context|too long|max_model_len", reason, re.IGNORECASE):
         cure = "serve with a longer context (vLLM: --max-model-len, llama.cpp: --ctx-size)"
     else:
-        cure = ("see its log" if status >= 500 else "mend how it is served") + other
-    return Refused(f"{url} refuses ({said}); {cure}", said)
+        cure = ("see its log" if status >= 500 else "change how it is served") + or_model
+    return RefusedError(f"{url} rejects the request ({reason_text}); {cure}", reason_text)
 
 
 def _reason(response, client):
-    """Returns what the body of an error says, in one line; never the key, which a server may repeat."""
+    """Return what the body of an error says, in one line; never the key, which a server may repeat."""
     try:
-        found = response.json()
+        message = response.json()
         # OpenAI's {"error": {"message": …}}, FastAPI's {"detail": …}
         for name in ("error", "message", "detail"):
-            found = found.get(name, found) if isinstance(found, dict) else found
-        text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+            message = message.get(name, message) if isinstance(message, dict) else message
+        text = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False)
     except (ValueError, RecursionError):
         text = response.text if response.headers.get("Content-Type", "").startswith("text/plain") else ""
     if key := client.headers.get("Authorization", "").removeprefix("Bearer "):
@@ -191,35 +195,36 @@ def _reason(response, client):
     return printable(text.strip() or response.reason_phrase or "no reason given", 200)
 
 
-def names_of(data):
-    """Returns the names in an answer of /models, in order; raises UserError if it is none."""
+def model_names(data):
+    """Return the names in a response of /models, in order; raise UserError if it is malformed."""
     models = data.get("data") if isinstance(data, dict) else None
     names = (
         [m.get("id") if isinstance(m, dict) else None for m in models] if isinstance(models, list) else [None]
     )
     if not all(isinstance(name, str) for name in names):
-        raise UserError(f"the endpoint's list of models is none; {OTHER_ADDRESS}")
+        raise UserError(f"the endpoint's list of models is malformed; {WRONG_SERVER}")
     return names
 
 
-def reply_of(data):
-    """Returns the Reply of a chat completion; raises UserError if it is none."""
+def parse_reply(data):
+    """Return the Reply of a chat completion; raise UserError if it is malformed."""
     try:
         choice = data["choices"][0]
         message = choice["message"]
         content, calls = message.get("content"), message.get("tool_calls") or []
         content = "" if content is None else content
-        called = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+        functions = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
         tags = [
             tool_call.format_tag(name, arguments if isinstance(arguments, str) else json.dumps(arguments))
-            for name, arguments in called
+            for name, arguments in functions
         ]
         tagged = sum(isinstance(part, tool_call.Call) for part in tool_call.split_text(content)[0])
     except (LookupError, TypeError, AttributeError):
-        raise UserError(f"the answer is no chat completion; {OTHER_ADDRESS}") from None
+        raise UserError(f"the response is not a chat completion; {WRONG_SERVER}") from None
     text = "\n".join([content] * (bool(content.strip()) or not tags) + tags)
-    return Reply(_clean(text), choice.get("finish_reason") != "length", len(tags), tagged)
+    return Reply(_encodable(text), choice.get("finish_reason") != "length", len(tags), tagged)
 
 
-def _clean(text):
-    return text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON can hold
+def _encodable(text):
+    """Replace halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,80 +1,71 @@
 """Load base and adapter, and answer conversations greedily."""
 
-from typing import NamedTuple
+import torch
+from peft import PeftConfig, PeftModel
+from tqdm import tqdm
+from transformers import AutoTokenizer, StoppingCriteriaList
 
 from tuner.data import batching
 from tuner.inference import cuda_decoding
+from tuner.inference.judging import MAX_NEW_TOKENS, Answer
 from tuner.model import folders, loading, locate
-from tuner.system import devices, libraries
+from tuner.system import devices
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, adapter_weights
 
-MAX_NEW_TOKENS = 80
-TOKENS_PER_BATCH = 8192  # rows × (longest prompt + MAX_NEW_TOKENS) answered at once: 1.1 GB of cache on 4B
+TOKENS_PER_BATCH = 8192  # rows × (longest prompt + MAX_NEW_TOKENS) of a batch: 1.1 GB of cache on 4B
 WEIGHTS_ROOM = 1.2  # of the weights' size: activations and cache of a batch beside them, measured on 4B
-FAST_ON = "cuda"  # the kind of device that decodes by graphs
+FAST_DEVICE = "cuda"  # the kind of device that decodes by graphs
 
 
-class Answer(NamedTuple):
-    text: str
-    ended: bool  # by itself, within MAX_NEW_TOKENS
-    ids: list  # of its tokens, without the end token
+def load_tuned(adapter, bits, quantization_config):
+    """Return (model, tokenizer, run): the base that the adapter names with the adapter on, and its run.json.
 
-
-def load_tuned(adapter, bits):
-    """Returns (model, tokenizer, run): the base that the adapter names with the adapter on, and its run.json.
-
-    Computes in bf16 on a GPU that has it and in fp32 on a CPU, where bf16 is some 200 times slower.
-    Raises UserError if adapter or base are missing, damaged or not each other's, or the GPU is too small.
+    Compute in bf16 on a GPU that has it and in fp32 on a CPU, where bf16 is some 200 times slower.
+    quantization_config: train_qlora's function of (bits, dtype).
+    Raise UserError if adapter or base are missing, damaged or do not match, or the GPU is too small.
     """
     config, run = adapter_folder.read_adapter(adapter)
-
-    libraries.import_libraries()
-
-    import torch
-    from peft import PeftConfig, PeftModel
-
     base = config["base_model_name_or_path"]
-    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available())
+    cure = f"the adapter in {adapter} needs it"
+    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available(), cure=cure)
     adapter_weights.check_adapter(adapter, folder, revision)
-    model, tokenizer = load_model(folder, base, bits)
+    model, tokenizer = load_model(folder, base, bits, quantization_config)
     lora = PeftConfig.from_pretrained(adapter)
     lora.exclude_modules = None  # the vision tower, which is not there: PEFT warns of excluding nothing
     return PeftModel.from_pretrained(model, adapter, config=lora).eval(), tokenizer, run
 
 
-def load_model(folder, name, bits):
-    """Returns (model, tokenizer) of a model folder, which messages call by its name; raises as load does."""
-    import torch
-    from transformers import AutoTokenizer
-
-    gpu = torch.cuda.is_available()
-    device, dtype = ("cuda:0", devices.gpu_dtype()) if gpu else ("cpu", torch.float32)
-    if gpu and bits is None:
+def load_model(folder, name, bits, quantization_config):
+    """Return (model, tokenizer) of a model folder, called `name` in messages; raise as load_base does."""
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda:0", devices.gpu_dtype()) if on_gpu else ("cpu", torch.float32)
+    if on_gpu and bits is None:
         needed = WEIGHTS_ROOM * folders.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
         free, _ = torch.cuda.mem_get_info()
         if needed > free:
             raise UserError(
-                f"{name} unquantised needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free on the "
-                "GPU; add --bits 4"
+                f"{name} unquantized needs {needed / 2**30:.1f} GiB of GPU memory, "
+                f"{free / 2**30:.1f} GiB are free; add --bits 4"
             )
-    model = loading.load_base(folder, bits, device, dtype, vision=False)
+    model = loading.load_base(folder, quantization_config(bits, dtype), device, dtype, vision=False)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def prompt_ids(tokenizer, messages):
-    """Returns the tokens of a conversation up to where the assistant begins to speak."""
+    """Return the tokens of a conversation up to where the assistant begins to speak."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def end_tokens(model):
+    """Return the ids of the tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     return ends if isinstance(ends, list) else [ends]
 
 
 def pad_left(tokenizer, prompts, device):
-    """Returns the input_ids and attention_mask of tokenised prompts.
+    """Return the input_ids and attention_mask of tokenized prompts.
 
     Padded on the left, so that every answer begins where its prompt ends.
     """
@@ -87,12 +78,10 @@ def pad_left(tokenizer, prompts, device):
 
 
 def generate(model, tokenizer, prompts, on_token, **settings):
-    """Continues tokenised prompts, greedily unless the settings differ; returns the new tokens of each.
+    """Continue tokenized prompts, greedily unless `settings` differ; return the new tokens of each.
 
     on_token(the newest token of each) is called at every step, and ends all by returning True.
     """
-    import torch
-    from transformers import StoppingCriteriaList
 
     def stop(input_ids, scores, **_):
         stopped = bool(on_token(input_ids[:, -1].tolist()))
@@ -113,7 +102,7 @@ def generate(model, tokenizer, prompts, on_token, **settings):
 
 
 def split_batches(prompts):
-    """Cuts the numbers of tokenised prompts into batches of at most TOKENS_PER_BATCH, longest first."""
+    """Return the numbers of tokenized prompts in batches of at most TOKENS_PER_BATCH, longest first."""
 
     def length(i):
         return len(prompts[i]) + MAX_NEW_TOKENS
@@ -123,28 +112,26 @@ def split_batches(prompts):
 
 
 def answer_all(model, tokenizer, conversations, title="answering"):
-    """Answers conversations, each a list of messages that ends with the user's, greedily; returns Answers."""
-    from tqdm import tqdm
-
+    """Answer conversations, each a list of messages that ends with the user's, greedily; return Answers."""
     prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
     ends = end_tokens(model)
     answers = [None] * len(prompts)
-    work = split_batches(prompts)
-    bar = tqdm(total=MAX_NEW_TOKENS * len(work), desc=title, unit="token", leave=False, disable=None)
+    batches = split_batches(prompts)
+    bar = tqdm(total=MAX_NEW_TOKENS * len(batches), desc=title, unit="token", leave=False, disable=None)
 
     def advance(*_):
         bar.update()
 
     with bar:
-        for number, batch in enumerate(work, 1):
-            asked = [prompts[i] for i in batch]
-            if model.device.type == FAST_ON:
-                inputs = pad_left(tokenizer, asked, model.device)
-                output = cuda_decoding.decode(model, **inputs, new=MAX_NEW_TOKENS, ends=ends, on_step=advance)
+        for number, batch in enumerate(batches, 1):
+            batch_prompts = [prompts[i] for i in batch]
+            if model.device.type == FAST_DEVICE:
+                inputs = pad_left(tokenizer, batch_prompts, model.device)
+                output = cuda_decoding.decode(model, inputs, MAX_NEW_TOKENS, ends, on_step=advance)
             else:
-                output = generate(model, tokenizer, asked, advance, max_new_tokens=MAX_NEW_TOKENS)
+                output = generate(model, tokenizer, batch_prompts, advance, max_new_tokens=MAX_NEW_TOKENS)
             for i, ids in zip(batch, output, strict=True):
-                end = next((place for place, token in enumerate(ids) if token in ends), None)
+                end = next((position for position, token in enumerate(ids) if token in ends), None)
                 ids = ids[:end]
                 answers[i] = Answer(tokenizer.decode(ids, skip_special_tokens=False), end is not None, ids)
             bar.update(number * MAX_NEW_TOKENS - bar.n)

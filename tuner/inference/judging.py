@@ -1,63 +1,118 @@
-"""Was an answer right: a call where one is due, and only there; rates with 95 % intervals."""
+"""Judge answers: a call where one is needed, and only there; rates with 95 % intervals."""
 
 import json
 from statistics import NormalDist
+from typing import NamedTuple
 
 from tuner.data import tool_call
-from tuner.inference import generation
+from tuner.inference.probes import PROBES
 from tuner.system.console import printable
 
+MAX_NEW_TOKENS = 80  # of an answer that is judged; one that needs more is truncated
 Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
 
+class Answer(NamedTuple):
+    text: str
+    ended: bool  # by itself, within MAX_NEW_TOKENS
+    ids: list  # of its tokens, without the end token
+
+
 def judge(answer, expected):
-    """Returns (kind, reason) of an Answer where `expected` is a tool_call.Call, or None for plain text.
+    """Return (kind, reason) of an Answer where `expected` is a tool_call.Call, or None for plain text.
 
     Kinds where a call is needed: "right", "missed" (no trace of a call), "malformed" (a trace, and not the
-    one call asked for); where text is: "right", "false" (a trace of a call), "unfit" (empty, unended).
+    one call expected); where text is: "right", "false" (a trace of a call), "unfit" (empty, truncated).
     """
-    unended = None if answer.ended else f"does not end within {generation.MAX_NEW_TOKENS} tokens"
+    truncated = None if answer.ended else f"truncated at {MAX_NEW_TOKENS} tokens"
     traced = tool_call.looks_like_call(answer.text)
     if expected is None:
         if traced:
             return "false", "a call where text is expected"
-        if unended or not answer.text.strip():
-            return "unfit", unended or "an empty answer"
+        if truncated or not answer.text.strip():
+            return "unfit", truncated or "empty answer"
         return "right", None
     if not traced:
         return "missed", "no call"
     call, reason = tool_call.parse(answer.text)
-    if call is None or unended:
-        return "malformed", reason or unended
+    if call is None or truncated:
+        return "malformed", reason or truncated
     if call.name != expected.name:
         return "malformed", f"calls {printable(call.name)}, not {expected.name}"
     if json.dumps(call.arguments, sort_keys=True) != json.dumps(expected.arguments, sort_keys=True):
-        return "malformed", "other arguments than expected"
+        return "malformed", "arguments differ from the expected ones"
     return "right", None
 
 
-def wilson(part, whole):
-    """Returns the 95 % Wilson score interval (low, high) of a proportion (Wilson 1927); whole ≥ 1."""
-    share = part / whole
-    centre = share + Z**2 / (2 * whole)
-    half = Z * (share * (1 - share) / whole + Z**2 / (4 * whole**2)) ** 0.5
-    return max(0.0, (centre - half) / (1 + Z**2 / whole)), min(1.0, (centre + half) / (1 + Z**2 / whole))
+def judge_all(questions, answers, seen):
+    """Return the judgment of all answers as compare.json holds it.
+
+    answers: {"base": [Answer, …], "tuned": …}, one for each question; the last model passes or fails.
+    seen: whether the model was trained on each question; such rows are left out of the rates.
+    """
+    judged = list(answers)[-1]
+    verdicts = {
+        name: [judge(answer, call) for answer, call in zip(model_answers, questions.expected, strict=True)]
+        for name, model_answers in answers.items()
+    }
+    probes = []
+    for i, (prompt, needs_call) in enumerate(PROBES):
+        kind, reason = verdicts[judged][i]
+        call = tool_call.parse(answers[judged][i].text)[0]
+        probes.append(
+            {
+                "prompt": prompt,
+                "expected": "a call" if needs_call else "text",
+                **{name: model_answers[i].text for name, model_answers in answers.items()},
+                "pass": kind == "right",
+                "reason": reason,
+                "deviations": list(call.deviations) if call else [],
+                "seen": seen[i],
+            }
+        )
+    rows = range(len(PROBES), len(questions.expected))
+    unseen = [i for i in rows if not seen[i]]
+    needed = [questions.expected[i] is not None for i in unseen]
+    failing = []
+    for i in unseen:
+        kind, reason = verdicts[judged][i]
+        if kind != "right":
+            line = questions.lines[i - len(PROBES)]
+            failing.append({"line": line, "kind": kind, "reason": reason, judged: answers[judged][i].text})
+    return {
+        "data": questions.data,
+        "probes": probes,
+        "rows": {
+            **{name: rates([verdicts[name][i][0] for i in unseen], needed) for name in answers},
+            "seen_in_training": len(rows) - len(unseen),
+            "failing": failing,
+        },
+        "passed": sum(probe["pass"] for probe in probes),
+    }
+
+
+def wilson(count, total):
+    """Return the 95 % Wilson score interval (low, high) of a proportion (Wilson 1927); total ≥ 1."""
+    share = count / total
+    center = share + Z**2 / (2 * total)
+    half = Z * (share * (1 - share) / total + Z**2 / (4 * total**2)) ** 0.5
+    return max(0.0, (center - half) / (1 + Z**2 / total)), min(1.0, (center + half) / (1 + Z**2 / total))
 
 
 def rates(kinds, needed):
-    """Returns the counts and rates of judged rows; kinds and needed (a call) are lists of equal length.
+    """Return the counts and rates of judged rows; kinds and needed (a call) are lists of equal length.
 
-    A call made is a right, a malformed or a false one. A rate is {"part", "whole", "value", "low", "high"}
-    with its 95 % Wilson interval, or has None for the last three where it is 0 of 0.
+    A call made is a right, a malformed or a false one. A rate comes with its 95 % Wilson interval in
+    "intervals" and its [count, total] in "of"; where it is 0 of 0, rate and interval are None.
     """
 
     def tally(kind, need):
         return sum(k == kind and n == need for k, n in zip(kinds, needed, strict=True))
 
-    def rate(part, whole, curve=lambda share: share):
-        value, low, high = (part / whole, *wilson(part, whole)) if whole else (None,) * 3
+    def rate(count, total, curve=lambda share: share):
+        value, low, high = (count / total, *wilson(count, total)) if total else (None,) * 3
         shares = {"value": value, "low": low, "high": high}
-        return {"part": part, "whole": whole, **{k: v if v is None else curve(v) for k, v in shares.items()}}
+        return {"of": [count, total], **{k: v if v is None else curve(v) for k, v in shares.items()}}
 
     counts = {
         "needed": sum(needed),
@@ -80,5 +135,5 @@ def rates(kinds, needed):
         **counts,
         **{name: r["value"] for name, r in rates.items()},
         "intervals": {name: [r["low"], r["high"]] for name, r in rates.items()},
-        "of": {name: [r["part"], r["whole"]] for name, r in rates.items()},
+        "of": {name: r["of"] for name, r in rates.items()},
     }
