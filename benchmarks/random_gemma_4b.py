@@ -1,4 +1,4 @@
-"""A model of random weights with the dimensions of google/gemma-3-4b-it: all that speed and memory need.
+"""Make a model of random weights with the dimensions of google/gemma-3-4b-it: all that speed and memory need.
 
 python benchmarks/random_gemma_4b.py FOLDER [--tokenizer gemma-3-270m]
 """
@@ -7,13 +7,20 @@ import argparse
 import shutil
 from pathlib import Path
 
-DRAWN_LIKE = 0.02  # standard deviation of the weights, config.initializer_range of Gemma 3
+import torch
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GenerationConfig,
+    SiglipVisionConfig,
+)
+
+INITIALIZER_RANGE = 0.02  # standard deviation of the weights, config.initializer_range of Gemma 3
 
 
 def config():
-    """Returns the Gemma3Config of google/gemma-3-4b-it (its config.json, and arXiv 2503.19786)."""
-    from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
-
+    """Return the Gemma3Config of google/gemma-3-4b-it (its config.json, and arXiv 2503.19786)."""
     text = Gemma3TextConfig(
         vocab_size=262_208,
         hidden_size=2560,
@@ -45,18 +52,15 @@ def config():
 
 
 def write(folder, tokenizer, device, config):
-    """Writes the model (8.6 GB of bf16 safetensors) into a folder, with the tokenizer files of another."""
-    import torch
-    from transformers import Gemma3ForConditionalGeneration, GenerationConfig
-
+    """Write the model (8.6 GB of bf16 safetensors) into a folder, with the tokenizer files of another."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
     model.to_empty(device=device)
-    model.tie_weights()  # to_empty has given the output head memory of its own
+    model.tie_weights()  # to_empty gave the output head its own memory
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter.data, std=DRAWN_LIKE)
+            torch.nn.init.normal_(parameter.data, std=INITIALIZER_RANGE)
         else:  # a norm's weight is 1 + what is stored, SigLIP's norms are plain ones
             torch.nn.init.constant_(parameter.data, float("vision" in name and "norm.weight" in name))
     model.generation_config = GenerationConfig(eos_token_id=[1, 106], pad_token_id=0, bos_token_id=2)
@@ -66,8 +70,6 @@ def write(folder, tokenizer, device, config):
 
 
 def main():
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder")
     parser.add_argument(
