@@ -44,7 +44,9 @@ def test_no_word_mixes_scripts_and_no_character_is_invisible(path):
 def test_the_rows_of_the_documentation_are_read_as_it_says(tmp_path):
     documentation = Path("docs/rows.md").read_text(encoding="utf-8")
     path = tmp_path / "rows.json"
-    path.write_text("\n".join(re.findall(r'^ *({"messages".*})$', documentation, re.MULTILINE)), encoding="utf-8")
+    path.write_text(
+        "\n".join(re.findall(r'^ *({"messages".*})$', documentation, re.MULTILINE)), encoding="utf-8"
+    )
     (_, text), (_, shaped) = chat_rows.read_rows(path)
     assert [text["messages"], text["messages"][1]["content"]] == [shaped["messages"][:2], CALL]
     result = re.search("<tool_result .*?</tool_result>", documentation)[0]
