@@ -18,7 +18,8 @@ import torch
 
 import merge
 from benchmarks import random_gemma_4b
-from tests.conftest import tiny_tokenizer, write_tiny_adapter, write_tiny_model
+from tests.support.tiny_models import tiny_tokenizer, write_tiny_adapter, write_tiny_model
+from train_qlora import quantization_config
 from tuner.inference import generation
 from tuner.inference.probes import PROBES
 from tuner.training import adapter_folder, cuda_graphs
@@ -61,22 +62,24 @@ def adapter(folder):
 
 
 def start(folder, *arguments, before="pass", dropout=0.1, graphs=True, gpus=1):
-    """Starts train_qlora.py; `before` is done in its process right before training.
+    """Start train_qlora.py; `before` is done in its process right before training.
 
-    Without graphs it trains the plain way, as where there is no bf16.
+    Without graphs it pads micro-batches, as on a GPU without bf16.
     """
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import dataclasses, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, train_qlora\n"
-        f"train_qlora.LORA_DROPOUT = {dropout}\n"
-        f"if not {graphs}: train_qlora.plan_memory = lambda *_: None\n"
-        "real = train_qlora.train\n"
-        "def train(*args):\n"
+        "from tuner.system import scripts\n"
+        "from tuner.training import cuda_graphs, gpu_budget, trainer\n"
+        f"train_qlora.RECIPE = dataclasses.replace(train_qlora.RECIPE, lora_dropout={dropout})\n"
+        f"if not {graphs}: gpu_budget.plan_memory = lambda *_: None\n"
+        "real = trainer.Trainer.checkpointing\n"
+        "def checkpointing(*args):\n"
         "    torch.cuda.empty_cache()\n"
         f"    {before}\n"
         "    return real(*args)\n"
-        "train_qlora.train = train\n"
-        "train_qlora.main()\n"
+        "trainer.Trainer.checkpointing = checkpointing\n"
+        "scripts.run_script(train_qlora.main)\n"
     )
     launch = [sys.executable, "-c"]
     if gpus > 1:
@@ -124,7 +127,7 @@ def test_a_resumed_run_gives_the_losses_of_one_that_was_not_stopped(folder, bits
     print(f"left {seconds:.1f} s after the signal")
     assert code == 143
     assert seconds < 30
-    assert re.search("^stopped    the newest checkpoint is ", out, re.M)
+    assert re.search("^stopped    latest checkpoint: ", out, re.M)
     assert finish(start(folder, *arguments, "--output", f"stopped{bits}", "--resume"))[0] == 0
     whole, resumed = (run_json(folder / f"{name}{bits}") for name in ("whole", "stopped"))
     assert len(resumed["resumed_at"]) == 1
@@ -155,9 +158,7 @@ def test_with_too_little_memory_a_micro_batch_gets_smaller_and_the_losses_are_th
     before = cap(roomy["peak_memory_gib"]["allocated"] - less)
     code, out, _ = finish(start(folder, *arguments, names[1], before=before, **settings))
     assert code == 0
-    assert re.search(
-        r"^memory     full with \d+ tokens at a time; the same again with \d+ at most$", out, re.M
-    )
+    assert re.search(r"^memory     GPU out of memory at \d+ tokens; retrying this step with \d+$", out, re.M)
     capped = run_json(folder / names[1])
     assert capped["losses"] == pytest.approx(roomy["losses"], rel=near)
 
@@ -165,16 +166,14 @@ def test_with_too_little_memory_a_micro_batch_gets_smaller_and_the_losses_are_th
 def test_with_no_memory_for_a_row_it_says_so_with_the_numbers(folder):
     code, _, errors = finish(start(folder, "--epochs", 1, "--output", "none", before=cap(3.25)))
     assert code == 1
-    assert re.search(
-        r"^the GPU's memory is full with one row of \d+ tokens \(.*MiB.*\); train with", errors, re.M
-    )
+    assert re.search(r"^GPU out of memory with one row of \d+ tokens \(.*MiB.*\); train with", errors, re.M)
     assert not (folder / "none").exists()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_graphs_give_the_losses_of_their_kernels_launched_one_by_one_and_of_the_plain_way(folder, bits):
     arguments = ["--bits", bits, "--memory", 8, "--output"]
-    one_by_one = "import cuda_graphs; cuda_graphs.SELDOM = 10**9"
+    one_by_one = "cuda_graphs.MIN_REPLAYS = 10**9"
     runs = {
         "graphs": start(folder, *arguments, f"graphs{bits}", dropout=0.0),
         "launched": start(folder, *arguments, f"launched{bits}", dropout=0.0, before=one_by_one),
@@ -223,8 +222,8 @@ def trained_within(folder, bits, gib, *more):
     output = folder / f"within{len(list(folder.iterdir()))}"
     code, out, _ = finish(start(folder, "--bits", bits, "--memory", gib, "--output", output, *more))
     assert code == 0
-    assert f"{gib:.1f} GiB at most: " in out
-    assert "full with" not in out
+    assert f"up to {gib:.1f} GiB: " in out
+    assert "out of memory" not in out
     run = run_json(output)
     seconds = run["step_seconds"]
     print(f"{bits} bits, {gib} GiB: {sum(seconds):.1f} s, first {seconds[0]:.2f}, {run['peak_memory_gib']}")
@@ -249,7 +248,7 @@ def test_compare_answers_from_the_gpu(folder, adapter, bits):
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monkeypatch, bits):
     adapter = write_tiny_adapter(tmp_path / "adapter", write_tiny_model(tmp_path / "base"))
-    model, tokenizer, _ = generation.load_tuned(adapter, bits)
+    model, tokenizer, _ = generation.load_tuned(adapter, bits, quantization_config)
     asked = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
 
     def answers():
@@ -272,7 +271,7 @@ def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monke
         patch.setattr(cuda_graphs, "capture", lambda work: (SimpleNamespace(replay=work), None))
         assert answers() == graphs
     assert len({tuple(ids) for ids in graphs}) > 6
-    monkeypatch.setattr(generation, "FAST_ON", None)
+    monkeypatch.setattr(generation, "FAST_DEVICE", None)
     pairs = enumerate(zip(graphs, answers(), strict=True))
     # bf16 rounds the products of other shapes otherwise, so of two tokens as likely either may come.
     gaps = [gap(number, one, other) for number, (one, other) in pairs if one != other]
