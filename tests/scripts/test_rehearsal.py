@@ -1,59 +1,66 @@
-"""The whole way on the real weights of Gemma 3 270M, as a user types it: train, compare, merge, serve."""
+"""The whole way on the real weights of Gemma 3 270M: runs/rehearse.sh, and what it leaves, looked at."""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-import train_qlora
-from tests.serving.test_serve import readme
 from tests.support import training
-from tuner.data import chat_rows, chat_text, tool_call
+from tests.support.docs import client_example
+from tests.support.echo_server import serving
+from train_qlora import RECIPE, preprocess_function, quantization_config
+from tuner.data import chat_rows, chat_text, tokenized, tool_call
 from tuner.inference import generation
 from tuner.inference.probes import PROBES
 
 ROOT = Path(__file__).resolve().parents[2]
 FINAL_LOSS = 0.2  # training loss of the last epoch; it begins near 6
 SECONDS_ALLOWED = 900  # ten minutes are the aim; 2 cores of a 2017 EPYC, shared, took 9:45 and more
+COPIED = ["*.py", "*.json", "tuner", "runs"]  # what a user has who runs it
 pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(1500)]
-
-
-def python(*arguments, folder):
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    print(result.stdout, result.stderr)
-    assert "Traceback" not in result.stderr
-    return result
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """A folder with the shipped rows, in which `train_qlora.py --rehearse` was typed."""
+    """(folder, {title: what was printed}, {title: seconds}) of runs/rehearse.sh in a copy of the project."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    for name in ("examples.json", "heldout.json"):
-        (folder / name).write_bytes((ROOT / name).read_bytes())
-    started = time.monotonic()
-    result = python(ROOT / "train_qlora.py", "--rehearse", folder=folder)
+    for path in (path for pattern in COPIED for path in ROOT.glob(pattern)):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["runs/rehearse.sh"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": binaries},
+    )
+    print(result.stdout, result.stderr)
     assert result.returncode == 0
-    return folder, result.stdout, time.monotonic() - started
+    assert "Traceback" not in result.stderr
+    _, *parts = re.split(r"^=== (\w+).* \((\d+) s so far\)$", result.stdout, flags=re.MULTILINE)
+    titles, starts, texts = parts[::3], [int(seconds) for seconds in parts[1::3]], parts[2::3]
+    assert titles == ["download", "check", "train", "compare", "compare", "merge", "serve", "done"]
+    ends = [*starts[1:], starts[-1]]
+    outputs, seconds = {}, {}
+    for title, text, start, end in zip(titles, texts, starts, ends, strict=True):
+        outputs[title] = outputs.get(title, "") + text
+        seconds[title] = seconds.get(title, 0) + end - start
+    return folder, outputs, seconds
 
 
 def test_the_labels_of_real_rows_token_by_token(rehearsed):
-    from transformers import AutoTokenizer
-
     folder, _, _ = rehearsed
     tokenizer = AutoTokenizer.from_pretrained(folder / "gemma-3-270m")
     rows = [row for _, row in chat_rows.read_rows(folder / "examples.json")]
-    examples = train_qlora.tokenise_rows(folder / "examples.json", rows, tokenizer)
+    examples = tokenized.tokenize_rows(
+        folder / "examples.json", rows, tokenizer, preprocess_function, RECIPE.max_tokens
+    )
     for row, ids, labels in zip(rows, examples["input_ids"], examples["labels"], strict=True):
         # The same tokens, worked out piece by piece from Gemma's ids and the plain texts.
         question, answer = (
@@ -72,27 +79,21 @@ def test_the_labels_of_real_rows_token_by_token(rehearsed):
 
 
 def test_it_takes_six_gigabytes_at_most_and_the_loss_falls(rehearsed):
-    folder, output, seconds = rehearsed
+    folder, outputs, seconds = rehearsed
     run = json.loads((folder / "qlora_output/run.json").read_text())
     assert run["steps"] == len(run["losses"]) == 40
     assert run["losses"][0] > 3
     assert sum(run["losses"][-4:]) / 4 < FINAL_LOSS
     assert run["peak_memory_gib"]["resident"] < 6e9 / 2**30
-    assert seconds < SECONDS_ALLOWED
+    assert seconds["download"] + seconds["train"] < SECONDS_ALLOWED
     assert run["revision"] == (folder / "gemma-3-270m/REVISION").read_text().strip()
-    assert "trainable params: 3,796,992 " in output
-    assert "next       python compare.py --bits 4\n" in output
-
-
-def compared(folder, *arguments):
-    result = python(ROOT / "compare.py", *arguments, folder=folder)
-    return result.returncode, json.loads((folder / "qlora_output/compare.json").read_text(encoding="utf-8"))
+    assert "trainable params: 3,796,992 " in outputs["train"]
+    assert "next       python compare.py --bits 4\n" in outputs["train"]
 
 
 def test_the_tuned_model_is_good_on_the_base_it_was_trained_on(rehearsed):
-    folder, _, _ = rehearsed
-    code, report = compared(folder, "--bits", 4)
-    assert code == 0
+    report = json.loads((rehearsed[0] / "compare-4-bits.json").read_text(encoding="utf-8"))
+    assert report["bits"] == 4
     assert [probe["pass"] for probe in report["probes"]] == [True] * 6
     tuned = report["rows"]["tuned"]
     assert (tuned["needed"], tuned["general"], report["rows"]["seen_in_training"]) == (20, 20, 0)
@@ -102,9 +103,9 @@ def test_the_tuned_model_is_good_on_the_base_it_was_trained_on(rehearsed):
 
 @pytest.fixture(scope="module")
 def report(rehearsed):
-    """What `compare.py` says as a user types it first: on the unquantised base."""
-    code, report = compared(rehearsed[0])
-    assert code == 0
+    """What `compare.py` found last: on the unquantized base."""
+    report = json.loads((rehearsed[0] / "qlora_output/compare.json").read_text(encoding="utf-8"))
+    assert report["bits"] is None
     return report
 
 
@@ -119,19 +120,17 @@ def test_tuned_passes_the_probes_and_the_base_fails_those_that_need_a_call(repor
 def test_one_probe_at_a_time_is_answered_as_in_the_batch(rehearsed, report, monkeypatch):
     folder, _, _ = rehearsed
     monkeypatch.chdir(folder)
-    model, tokenizer, _ = generation.load_tuned("qlora_output", None)
+    model, tokenizer, _ = generation.load_tuned("qlora_output", None, quantization_config)
     for probe in report["probes"]:
         single = generation.answer_all(model, tokenizer, [[{"role": "user", "content": probe["prompt"]}]])[0]
         assert single.text == probe["tuned"]
 
 
 @pytest.fixture(scope="module")
-def merged(rehearsed, report):
-    folder, _, _ = rehearsed
-    result = python(ROOT / "merge.py", folder=folder)
-    assert result.returncode == 0
-    assert "126 modules changed" in result.stdout
-    assert "6 of 6 probes answered with the same tokens" in result.stdout
+def merged(rehearsed):
+    folder, outputs, _ = rehearsed
+    assert "126 modules changed" in outputs["merge"]
+    assert "6 of 6 probes answered with the same tokens" in outputs["merge"]
     return folder / "gemma-3-270m-merged"
 
 
@@ -153,31 +152,22 @@ for prompt in {[prompt for prompt, _ in PROBES]}:
     for line, (_, needs_call) in zip(result.stdout.splitlines(), PROBES, strict=True):
         assert tool_call.looks_like_call(line) == needs_call
     card = (merged / "README.md").read_text(encoding="utf-8")
-    assert "probes passed, base unquantised: 6 of 6" in card
+    assert "probes passed, base unquantized: 6 of 6" in card
     assert "Gemma Terms of Use" in (merged / "NOTICE").read_text()
     assert (merged / "GEMMA_TERMS.html").is_file()
 
 
-def test_served_the_readmes_client_gets_the_call_and_compare_finds_it_as_good(merged):
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "serve.py", "--model", merged, "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        url = next(line for line in server.stdout if line.startswith("API ")).split()[1].removesuffix(",")
-        program, prints = readme()
-        program = program.replace("http://127.0.0.1:8000/v1", url)
+def test_served_it_is_as_good(rehearsed):
+    _, outputs, _ = rehearsed
+    assert "the endpoint passes 6 of 6 probes" in outputs["serve"]
+
+
+def test_served_the_client_of_the_docs_gets_the_call(merged):
+    program, output = client_example()
+    with serving(generation.load_model(str(merged), "merged", None, quantization_config)) as server:
+        program = program.replace("http://127.0.0.1:8000", server.url)
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert (result.stdout, result.returncode) == (prints, 0)
-        few = merged.parent / "few.json"  # it is asked one at a time
-        few.write_bytes(b"".join((ROOT / "heldout.json").read_bytes().splitlines(keepends=True)[:4]))
-        result = python(ROOT / "compare.py", "--endpoint", url, "--data", few, folder=merged.parent)
-        assert result.returncode == 0
-        assert "the endpoint passes 6 of 6 probes" in result.stdout
-    finally:
-        server.terminate()
-    assert server.wait(20) == 143
+    assert (result.stdout, result.returncode) == (output, 0), result.stderr
 
 
 def test_killed_three_times_the_real_weights_go_on_to_the_same_adapter(rehearsed, few_rows):
