@@ -94,9 +94,9 @@ def take_gradient(model):
 # ------------------------------------------------------------------------------------------- training
 
 
-def train(model, tokenizer, data, recipe):
+def train(model, data, recipe):
     """Train as train_qlora.tune does, without checkpoints; return the history."""
-    run = trainer.Trainer(model, tokenizer, data, recipe, CPU)
+    run = trainer.Trainer(model, data, recipe, CPU)
     with run.progress.show(False):
         for epoch in range(1, recipe.epochs + 1):
             for batch in splitting.epoch_batches(data.training, epoch, recipe):
@@ -108,6 +108,10 @@ def train(model, tokenizer, data, recipe):
 def run_training(*arguments, folder):
     """Run train_qlora.py in this process and in a folder; return (exit code, stdout, stderr)."""
     return run_main(train_qlora.main, *arguments, folder=folder, interrupted="stopped before training began")
+
+
+def resume(arguments, folder, *more):
+    return run_training(*arguments, "--resume", *more, folder=folder)
 
 
 def start_training(arguments, folder, **options):
@@ -173,7 +177,16 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------- kills
+# ----------------------------------------------------------------------------------------- GPUs, kills
+
+
+def fake_cuda(monkeypatch, available=True, capability=(8, 9), bf16=True, cuda="13.0"):
+    """Let torch report a GPU that is not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Rows and runs that several files of this room look at; none of them changes one."""
 
+import signal
+
 import pytest
 
 from tests.support import training
@@ -24,3 +26,12 @@ def undisturbed(arguments, tmp_path_factory):
     code, _, errors = training.run_training(*arguments, folder=folder)
     assert code == 0, errors
     return folder / "qlora_output"
+
+
+@pytest.fixture
+def stopped(arguments, monkeypatch, tmp_path):
+    """A folder in which a run was stopped in its fifth step, within its third epoch."""
+    with training.at_step(monkeypatch, 5, training.send(signal.SIGINT)):
+        code, _, _ = training.run_training(*arguments, folder=tmp_path)
+    assert code == 130
+    return tmp_path
