@@ -206,8 +206,8 @@ def tune(args, recipe, rows):
     # Steps.
     report_start(args.output, training, validation, recipe, checkpoint)
     is_call = [chat_text.is_call(row["messages"]) for row in rows]
-    data = trainer.TrainingData(examples, is_call, training, validation)
-    run = trainer.Trainer(model, tokenizer, data, recipe, state, plan)
+    data = trainer.TrainingData(tokenizer, examples, is_call, training, validation)
+    run = trainer.Trainer(model, data, recipe, state, plan)
     writer = checkpoint_state.CheckpointWriter(args.output, model.peft_config["default"], identity)
     with stop_requests() as run.stop_request:
         with run.checkpointing(writer, checkpoint, resuming.resume_command()):

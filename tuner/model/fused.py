@@ -92,6 +92,7 @@ def fuse_lora(model):
         if isinstance(layer, LoraLayer):
             eight_bits = isinstance(layer.base_layer, bitsandbytes.nn.Linear8bitLt)
             base = (quantized.Int8Linear if eight_bits else quantized.NF4Linear)(layer.base_layer)
+            base.lora_scaling = layer.scaling[layer.active_adapters[0]]
             layer.forward = partial(lora_forward, layer, base)
 
 
@@ -99,35 +100,38 @@ def lora_forward(layer, base, inputs):
     name = layer.active_adapters[0]
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return FusedLoRA.apply(inputs, a, b, base, layer.scaling[name], dropout)
+    return FusedLoRA.apply(inputs, a, b, base, dropout)
 
 
 class FusedLoRA(torch.autograd.Function):
-    """base(x) + scaling · B·A·dropout(x); a: (rank, inputs), b: (outputs, rank), base: a quantized layer."""
+    """base(x) + scaling · B·A·dropout(x); a: (rank, inputs), b: (outputs, rank).
+
+    base: a quantized layer (quantized.py) with lora_scaling.
+    """
 
     @staticmethod
-    def forward(ctx, inputs, a, b, base, scaling, dropout):
+    def forward(ctx, inputs, a, b, base, dropout):
         rows, mask = inputs.reshape(-1, inputs.shape[-1]), None
         output, dropped = base.forward(rows), rows
         if dropout:
             dropped, mask = torch.native_dropout(rows, dropout, True)
         hidden = dropped @ a.to(rows.dtype).t()
-        output.addmm_(hidden, b.to(rows.dtype).t(), alpha=scaling)
+        output.addmm_(hidden, b.to(rows.dtype).t(), alpha=base.lora_scaling)
         ctx.save_for_backward(rows, mask, hidden, a, b)
-        ctx.base, ctx.scaling, ctx.dropout_scale, ctx.shape = base, scaling, 1 / (1 - dropout), inputs.shape
+        ctx.base, ctx.dropout_scale, ctx.shape = base, 1 / (1 - dropout), inputs.shape
         return output.reshape(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_output):
         rows, mask, hidden, a, b = ctx.saved_tensors
         grad_output = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_hidden = (grad_output @ b.to(rows.dtype)).mul_(ctx.scaling)
+        grad_hidden = (grad_output @ b.to(rows.dtype)).mul_(ctx.base.lora_scaling)
         grad_rows = ctx.base.backward(grad_output)
         if mask is None:
             grad_rows.addmm_(grad_hidden, a.to(rows.dtype))
         else:
             grad_rows.addcmul_(grad_hidden @ a.to(rows.dtype), mask, value=ctx.dropout_scale)
             rows = torch.ops.aten.native_dropout_backward(rows, mask, ctx.dropout_scale)
-        grad_b = attention.fp32_product(grad_output.t(), hidden).mul_(ctx.scaling)
+        grad_b = attention.fp32_product(grad_output.t(), hidden).mul_(ctx.base.lora_scaling)
         grad_a = attention.fp32_product(grad_hidden.t(), rows)
-        return grad_rows.reshape(ctx.shape), grad_a, grad_b, None, None, None
+        return grad_rows.reshape(ctx.shape), grad_a, grad_b, None, None

@@ -31,13 +31,17 @@ class GraphAccumulator(GradientAccumulator):
 
     shrink = 7 / 8  # the plan may be wrong by this much
 
-    def __init__(self, model, weights, pad_id, state, plan, steps):
-        """plan: a memory_plan.Plan; steps: the examples of every step of the run.
-
-        Of these only lengths are read: `input_ids` and `labels` may be ranges as long as the real ones.
-        """
+    def __init__(self, model, weights, pad_id, state, plan):
+        """plan: a memory_plan.Plan, the memory that graphs may take."""
         super().__init__(model, weights, pad_id, state, plan.tokens)
-        self.plan, self.steps, self.graphs = plan, steps, {}
+        self.plan, self.steps, self.graphs = plan, [], {}
+
+    def expect(self, steps):
+        """Choose the lengths of graphs for the examples of every step of the run, before the first one.
+
+        Only lengths are read: `input_ids` and `labels` may be ranges as long as the real ones.
+        """
+        self.steps = steps
 
     def add_gradient(self, examples, tokens):
         """Add the gradient of a step's examples, packed up to `tokens`; return the loss."""

@@ -6,9 +6,8 @@ import torch
 
 from tuner.data import batching, chat_text
 from tuner.system import devices
-from tuner.training import collate, loss_functions
+from tuner.training import collate, loss_functions, memory_plan
 from tuner.training.accumulation import padded_sizes, retry_on_oom
-from tuner.training.memory_plan import MICRO_BATCH_TOKENS
 
 
 class Evaluation(NamedTuple):
@@ -19,10 +18,17 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """Evaluates a model on held-out examples; owns the token budget of its micro-batches (`tokens`)."""
 
-    def __init__(self, model, examples, tokenizer, state, tokens=MICRO_BATCH_TOKENS, logits_at_once=None):
-        """examples: dicts of input_ids, labels and is_call (whether the row ends with a call)."""
+    def __init__(self, model, examples, tokenizer, state, plan=None):
+        """examples: dicts of input_ids, labels and is_call (whether the row ends with a call).
+
+        plan: the memory_plan.Plan of the training beside it, None where that is not limited.
+        """
         self.model, self.examples, self.state = model, examples, state
-        self.tokens, self.logits_at_once = tokens, logits_at_once
+        self.tokens, self.logits_at_once = memory_plan.MICRO_BATCH_TOKENS, None
+        if plan:
+            self.tokens = max(plan.tokens or plan.checkpointed, memory_plan.EVALUATION_TOKENS)
+        if plan and plan.tokens:
+            self.logits_at_once = memory_plan.evaluation_logits(plan.tokens, memory_plan.LOGITS_AT_ONCE)
         self.pad_id = pad_token_id(tokenizer)
         self.call_token = tokenizer(chat_text.CALL_START, add_special_tokens=False)["input_ids"][0]
 

@@ -22,10 +22,13 @@ class Progress:
     (CheckpointWriter.save); None in a launcher's other processes.
     """
 
-    def __init__(self, model, weights, optimizer, schedule, steps, recipe):
-        """weights: all that is trained, one tensor (flat_weights); steps: of the whole run."""
+    def __init__(self, model, weights, optimizers, steps, recipe):
+        """weights: all that is trained, one tensor (flat_weights); optimizers: (optimizer, schedule); steps:
+        of the whole run.
+        """
         self.adapter = get_peft_model_state_dict(model)  # the weights themselves, by name
-        self.weights, self.optimizer, self.schedule, self.recipe = weights, optimizer, schedule, recipe
+        self.weights, self.recipe = weights, recipe
+        self.optimizer, self.schedule = optimizers
         self.guessing_loss = math.log(model.config.get_text_config().vocab_size)
         self.history = {
             "steps": steps,

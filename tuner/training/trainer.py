@@ -21,6 +21,7 @@ class Stopped(Exception):
 
 
 class TrainingData(NamedTuple):
+    tokenizer: object
     examples: list  # of all rows: dicts of input_ids and labels
     is_call: list  # whether a row ends with a call
     training: list  # row numbers
@@ -35,7 +36,7 @@ class Trainer:
     GPU's memory is full with one row.
     """
 
-    def __init__(self, model, tokenizer, data, recipe, state, plan=None):
+    def __init__(self, model, data, recipe, state, plan=None):
         """data: TrainingData; state: accelerate's PartialState; plan: a memory_plan.Plan, None on a CPU."""
         self.model, self.data, self.recipe, self.state = model, data, recipe, state
         self.stop_request, self.stopped = None, False
@@ -44,12 +45,11 @@ class Trainer:
         self.steps_per_epoch = len(splitting.epoch_batches(data.training, 1, recipe))
         steps = recipe.epochs * self.steps_per_epoch
         warmup_steps = splitting.warmup_steps(steps, recipe)
-        self.optimizer, self.schedule = make_optimizer(
-            self.weights, recipe.learning_rate, steps, warmup_steps
-        )
-        self.progress = Progress(model, self.weights, self.optimizer, self.schedule, steps, recipe)
-        self.accumulator = self._make_accumulator(pad_token_id(tokenizer), plan)
-        self.evaluator = self._make_evaluator(tokenizer, plan)
+        optimizers = make_optimizer(self.weights, recipe.learning_rate, steps, warmup_steps)
+        self.optimizer, self.schedule = optimizers
+        self.progress = Progress(model, self.weights, optimizers, steps, recipe)
+        self.accumulator = self._make_accumulator(pad_token_id(data.tokenizer), plan)
+        self.evaluator = self._make_evaluator(data.tokenizer, plan)
         model.train()
 
     def _make_accumulator(self, pad_id, plan):
@@ -63,21 +63,18 @@ class Trainer:
             epochs = range(1, self.recipe.epochs + 1)
             batches = (splitting.epoch_batches(self.data.training, epoch, self.recipe) for epoch in epochs)
             steps = [[lengths[i] for i in batch] for epoch in batches for batch in epoch]
-            return GraphAccumulator(*arguments, plan, steps)
+            accumulator = GraphAccumulator(*arguments, plan)
+            accumulator.expect(steps)
+            return accumulator
         return GradientAccumulator(*arguments, plan.checkpointed if plan else memory_plan.MICRO_BATCH_TOKENS)
 
     def _make_evaluator(self, tokenizer, plan):
         """Return the Evaluator of the validation rows, None if there are none."""
-        data, logits_at_once = self.data, None
+        data = self.data
         if not data.validation:
             return None
         examples = [{**data.examples[i], "is_call": data.is_call[i]} for i in data.validation]
-        tokens = memory_plan.MICRO_BATCH_TOKENS
-        if plan:
-            tokens = max(plan.tokens or plan.checkpointed, memory_plan.EVALUATION_TOKENS)
-        if plan and plan.tokens:
-            logits_at_once = memory_plan.evaluation_logits(plan.tokens, memory_plan.LOGITS_AT_ONCE)
-        return Evaluator(self.model, examples, tokenizer, self.state, tokens, logits_at_once)
+        return Evaluator(self.model, examples, tokenizer, self.state, plan)
 
     @contextmanager
     def checkpointing(self, writer, checkpoint, resume_command):
