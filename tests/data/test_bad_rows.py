@@ -122,9 +122,8 @@ def test_ten_thousand_mutated_files_give_legal_rows_or_printable_errors(
     monkeypatch.setattr(check, "check_access", lambda model, offline: [])
     recipe = dataclasses.replace(RECIPE, max_tokens=10**6)  # which only the tokenizer can count
     monkeypatch.setattr(check, "RECIPE", recipe)
-    monkeypatch.setattr(
-        sys, "argv", ["check.py", *["--data", "rows.json", "--rows", "all", "--html", "page.html"]]
-    )
+    arguments = ["--data", "rows.json", "--rows", "all", "--html", "page.html"]
+    monkeypatch.setattr(sys, "argv", ["check.py", *arguments])
     monkeypatch.chdir(tmp_path)
     accepted = 0
     for number, data in enumerate(mutations(seed, count=2_500)):

@@ -7,7 +7,6 @@ import pytest
 from tests.support.rows import ASSISTANT, GOOD, SYSTEM, TOOLS, USER, call, plain
 from train_qlora import load_data
 from tuner.data import chat_rows, row_faults
-from tuner.system.console import printable
 from tuner.system.errors import UserError
 
 
@@ -287,8 +286,3 @@ def test_files_without_rows(tmp_path, data, line, says):
 def test_a_file_that_cannot_be_read(path, says):
     with pytest.raises(UserError, match=says):
         load_data(path)
-
-
-def test_printable_text_is_one_line_without_control_characters():
-    assert printable("a\x1b[31mb\nc\u202ed") == "a\ufffd[31mb c\ufffdd"
-    assert len(printable("ж" * 100)) == 60

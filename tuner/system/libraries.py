@@ -64,13 +64,6 @@ def heavy_imports():
         transformers.logging.disable_progress_bar()
 
 
-def import_libraries(*more):
-    """Import what a model stands on; to be deleted once all scripts use heavy_imports."""
-    with heavy_imports():
-        for name in ("torch", "bitsandbytes", "peft", *more):
-            importlib.import_module(name)
-
-
 def library_versions():
     """Return the versions of Python and of the libraries that decide a result, by name."""
     names = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface-hub"]
