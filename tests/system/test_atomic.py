@@ -1,6 +1,7 @@
 """A file is there whole or as it was before, and a folder has one writer at a time."""
 
 import json
+from contextlib import suppress
 
 import pytest
 
@@ -12,9 +13,9 @@ from tuner.system.errors import UserError
 def test_a_file_replaces_the_old_one_only_when_it_is_whole(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(ValueError, match="stop"), atomic.open_text(path) as file:
+    with suppress(KeyboardInterrupt), atomic.open_text(path) as file:
         file.write("half")
-        raise ValueError("stop")
+        raise KeyboardInterrupt
     assert path.read_text() == "old"
     with atomic.open_text(path) as file:
         file.write("new")
