@@ -14,9 +14,10 @@ import pytest
 
 import compare
 from tests.support.chat_server import Endpoint, calling, completion
+from tests.support.scripts import run_main
 from tuner.data import chat_rows, tool_call
-from tuner.inference import endpoint, generation
-from tuner.inference.probes import PROBES
+from tuner.inference import endpoint, judging
+from tuner.inference.probes import PROBES, load_questions
 from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,9 +63,8 @@ def no_key(monkeypatch):
 
 
 def run(url, *arguments):
-    return compare.run_endpoint(
-        compare.parse_arguments(["--endpoint", url, "--data", f"{ROOT}/heldout.json", *arguments])
-    )
+    args = compare.parse_arguments(["--endpoint", url, "--data", f"{ROOT}/heldout.json", *arguments])
+    return compare.compare_endpoint(args, load_questions(args.data))
 
 
 def command(*arguments, folder, **environment):
@@ -92,8 +92,8 @@ def test_calls_count_parsed_or_as_text(serve, tmp_path, monkeypatch, capsys, say
     assert run(server.url + "/", "--data", "heldout.json", "--json", "report.json") == 0
     output = capsys.readouterr().out
     assert max(map(len, output.splitlines())) <= 80
-    assert f"endpoint {server.url}: 6 probes, 40 rows\nmodel tuned, the first of 2 listed; " in output
-    assert f"\ncalls      {parsed} came as tool_calls, {tagged} as tags in the text\n" in output
+    assert f"endpoint {server.url}: 6 probes, 40 rows\nmodel tuned (the first of 2 listed); " in output
+    assert f"\ncalls      {parsed} parsed tool_calls, {tagged} unparsed tags in text\n" in output
     assert output.endswith("verdict    the endpoint passes 6 of 6 probes\n")
     assert f"probe 1    pass\n  prompt    {PROBES[0][0]}\n  expected  a call\n  endpoint  {TAG}\n" in output
     assert re.search(r"\nheldout\.json +endpoint\ncalls needed +20\n  made right +20\n", output)
@@ -112,7 +112,7 @@ def test_every_question_is_asked_as_it_is_judged_locally(serve):
     assert server.requests[0][:2] == ("GET", "/v1/models")
     bodies = [body for _, path, _, body in server.requests if path == "/v1/chat/completions"]
     function = {"name": NAME, "parameters": {"type": "object", "properties": {}}}
-    settings = {"model": "tuned", "temperature": 0, "max_tokens": generation.MAX_NEW_TOKENS}
+    settings = {"model": "tuned", "temperature": 0, "max_tokens": judging.MAX_NEW_TOKENS}
     settings["tools"] = [{"type": "function", "function": function}]
     assert all({**settings, "messages": body["messages"]} == body for body in bodies)
     asked = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES] + [m for m, _ in ROWS]
@@ -137,7 +137,7 @@ def test_four_are_asked_at_once_and_late_answers_change_nothing(serve, capsys):
 
     quick, late = serve(), serve(slow)
     assert (run(quick.url), run(late.url)) == (0, 0)
-    assert late.most == endpoint.AT_ONCE == 4
+    assert late.most == endpoint.CONCURRENT_REQUESTS == 4
     first, second = (
         re.sub(r"time .*|endpoint http.*", "", output)
         for output in re.split("(?=endpoint http)", capsys.readouterr().out)[1:]
@@ -152,9 +152,13 @@ def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
         (calling((NAME, "{}"), content="Секунду."), f"Секунду.\n{TAG}", "text around the call"),
         (calling(("get_data", "{}")), tool_call.format_call("get_data", {}), f"calls get_data, not {NAME}"),
         (calling((NAME, "{id: 1}")), TAG.replace("{}", "{id: 1}"), tool_call.NO_OBJECT),
-        (calling((NAME, '{"id":1}')), TAG.replace("}", "&quot;id&quot;:1}"), "other arguments than expected"),
+        (
+            calling((NAME, '{"id":1}')),
+            TAG.replace("}", "&quot;id&quot;:1}"),
+            "arguments differ from the expected ones",
+        ),
         (calling((NAME, None)), TAG.replace("{}", "null"), tool_call.NO_OBJECT),
-        (completion(TAG, "length"), TAG, "does not end within 80 tokens"),
+        (completion(TAG, "length"), TAG, "truncated at 80 tokens"),
         (completion(None), "", "no call"),
         (completion(odd), odd.replace("\ud83d", "?"), "no call"),
     ]
@@ -164,16 +168,16 @@ def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     failing = {row["line"]: (row["reason"], row["endpoint"]) for row in report["rows"]["failing"]}
-    found = [(probe["reason"], probe["endpoint"]) for probe in report["probes"]]
-    found += [failing.get(line) for line in range(1, len(ROWS) + 1)]
-    for i, (need, told) in enumerate(zip(NEEDED, found, strict=True)):
+    results = [(probe["reason"], probe["endpoint"]) for probe in report["probes"]]
+    results += [failing.get(line) for line in range(1, len(ROWS) + 1)]
+    for i, (need, reported) in enumerate(zip(NEEDED, results, strict=True)):
         _, text, reason = wrong[i % len(wrong)]
         if not need:
-            reason = "a call where text is expected" if "<tool_call" in text else "an empty answer"
+            reason = "a call where text is expected" if "<tool_call" in text else "empty answer"
         if need or text != wrong[-1][1]:
-            assert told == (reason, text)
+            assert reported == (reason, text)
         else:
-            assert told is None
+            assert reported is None
 
 
 def test_parsed_arguments_may_be_an_object(serve):
@@ -198,7 +202,7 @@ def test_every_function_that_the_rows_call_is_declared(serve, tmp_path):
     assert report["rows"]["endpoint"]["right"] == 1
 
 
-def test_tools_that_are_not_taken_are_left_out_and_that_is_told(serve, capsys):
+def test_tools_that_are_not_taken_are_left_out_and_that_is_printed(serve, capsys):
     """What vLLM says without --enable-auto-tool-choice, in its words."""
     says = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
 
@@ -215,8 +219,8 @@ def test_tools_that_are_not_taken_are_left_out_and_that_is_told(serve, capsys):
     assert run(server.url) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert (
-        f"0 came as tool_calls, 24 as tags in the text tools asked without: it takes none (400: {says})"
-        in output
+        "0 parsed tool_calls, 24 unparsed tags in text "
+        f"tools not declared, since the endpoint rejects them (400: {says})" in output
     )
     assert sum("tools" in (body or {}) for _, _, _, body in server.requests) == 1
 
@@ -227,13 +231,13 @@ def test_the_key_is_sent_and_never_shown(serve, monkeypatch, capsys):
     assert run(server.url) == 0
     assert {headers["authorization"] for _, _, headers, _ in server.requests} == {"Bearer sk-secret"}
     server.failures = [(400, {"Content-Type": "text/plain"}, b"bad key sk-secret, sk-secret")] * 3
-    with pytest.raises(UserError, match=r"refuses \(400: bad key …, …\); ") as error:
+    with pytest.raises(UserError, match=r"rejects the request \(400: bad key …, …\); ") as error:
         run(server.url)
     assert "secret" not in str(error.value) + capsys.readouterr().out
     for wrong in ("sk-\x1bsecret", "sk secret ключ", "a\nsk-secret"):
         monkeypatch.setenv(endpoint.KEY, wrong)
         with pytest.raises(
-            UserError, match=r"^the key in OPENAI_API_KEY holds characters that no key has; set it anew$"
+            UserError, match=r"^OPENAI_API_KEY contains characters that no API key has; set it again$"
         ):
             run(server.url)
 
@@ -253,42 +257,50 @@ def test_a_proxy_is_not_asked_for_this_machine(serve, monkeypatch):
 LISTED = {"data": [{"id": "tuned"}]}
 HTML = (200, {"Content-Type": "text/html"}, b"<html>Welcome</html>")
 SHORT = (400, {}, b'{"error": {"message": "maximum context length is 64"}}')
-NAME_ONE = "name an OpenAI-style server, with its path: …/v1"
+WRONG_SERVER = "check that --endpoint is an OpenAI-style server, path included: …/v1"
 FAILURES = {
-    "no key": ([401], "{url} wants a key (401); set OPENAI_API_KEY"),
-    "forbidden": ([403], "{url} wants a key (403); set OPENAI_API_KEY"),
+    "no key": ([401], "{url} requires an API key (401); set OPENAI_API_KEY"),
+    "forbidden": ([403], "{url} requires an API key (403); set OPENAI_API_KEY"),
     "no models": (
         [404],
-        "{url} has no /models (404: no); end its address in /v1, or name its model with --model",
+        "{url} has no /models (404: no); end the address in /v1, or name its model with --model",
     ),
-    "an empty list": ([{"data": []}], "{url} lists no models; name its model: --model …"),
-    "no list": ([{"data": [5]}], f"the endpoint's list of models is none; {NAME_ONE}"),
-    "a web page": ([HTML], f"{{url}} answers with no JSON (text/html); {NAME_ONE}"),
-    "deep": ([(200, {}, b"[" * 100_000)], f"{{url}} answers with no JSON (of no type); {NAME_ONE}"),
-    "moved": ([307], "{url} has moved (307); name the address that it moved to"),
-    "broken": ([500], "{url} refuses (500: no); see its log, or name its model with --model"),
+    "an empty list": ([{"data": []}], "{url} lists no models; name one with --model"),
+    "no list": ([{"data": [5]}], f"the endpoint's list of models is malformed; {WRONG_SERVER}"),
+    "a web page": ([HTML], f"{{url}} does not answer in JSON (text/html); {WRONG_SERVER}"),
+    "deep": (
+        [(200, {}, b"[" * 100_000)],
+        f"{{url}} does not answer in JSON (no content type); {WRONG_SERVER}",
+    ),
+    "moved": ([307], "{url} redirects (307); use the address it redirects to"),
+    "broken": ([500], "{url} rejects the request (500: no); see its log, or name its model with --model"),
     "hangs up": (
         [(None, {}, b"")],
-        "{url} broke off (Server disconnected without sending a response.); see its log, then ask again",
+        "{url} broke the connection (Server disconnected without sending a response.); "
+        "see its log, then try again",
     ),
     "no such model": (
         [LISTED, 404],
         "probe 1: {url} has no /chat/completions (404: no); "
-        "end its address in /v1, and name a model that it has",
+        "end the address in /v1, and name a model that it has",
     ),
     "a model of another name": (
         [LISTED, (404, {}, b'{"error": {"message": "The model `x` does not exist."}}')],
-        "probe 1: {url} refuses (404: The model `x` does not exist.); name a model that it has with --model",
+        "probe 1: {url} rejects the request (404: The model `x` does not exist.); "
+        "name a model that it has with --model",
     ),
     "short context": (
         [LISTED, SHORT, SHORT],
-        "probe 1: {url} refuses (400: maximum context length is 64); "
+        "probe 1: {url} rejects the request (400: maximum context length is 64); "
         "serve with a longer context (vLLM: --max-model-len, llama.cpp: --ctx-size)",
     ),
-    "no completion": ([LISTED, {"choices": []}], f"probe 1: the answer is no chat completion; {NAME_ONE}"),
+    "no completion": (
+        [LISTED, {"choices": []}],
+        f"probe 1: the response is not a chat completion; {WRONG_SERVER}",
+    ),
     "FastAPI": (
         [LISTED] + [(422, {}, b'{"detail": [{"msg": "x\\u001b"}]}')] * 2,
-        'probe 1: {url} refuses (422: [{"msg": "x\\u001b"}]); mend how it is served',
+        'probe 1: {url} rejects the request (422: [{"msg": "x\\u001b"}]); change how it is served',
     ),
 }
 
@@ -307,12 +319,12 @@ def test_a_failure_is_one_line_with_its_cure(serve, failure):
 
 @pytest.mark.parametrize("answer", [5, [], {}, {"choices": None}, {"choices": [{"message": None}]}])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_what_is_no_completion_is_told(answer, wrapped):
+def test_what_is_no_completion_is_an_error(answer, wrapped):
     message = (
         {"content": [5], "tool_calls": None} if answer == {} else {"content": "a", "tool_calls": [answer]}
     )
-    with pytest.raises(UserError, match=r"^the answer is no chat completion; "):
-        endpoint.reply_of({"choices": [{"message": message}]} if wrapped else answer)
+    with pytest.raises(UserError, match=r"^the response is not a chat completion; "):
+        endpoint.parse_reply({"choices": [{"message": message}]} if wrapped else answer)
 
 
 def test_a_row_in_the_middle_that_fails_is_named_and_the_others_are_let_go(serve):
@@ -323,7 +335,8 @@ def test_a_row_in_the_middle_that_fails_is_named_and_the_others_are_let_go(serve
 
     server = serve(say)
     with pytest.raises(
-        UserError, match=r"^/.*heldout\.json:5: http.* refuses \(400: the request .*longer context"
+        UserError,
+        match=r"^/.*heldout\.json:5: http.* rejects the request \(400: the request .*longer context",
     ):
         run(server.url)
     assert len(server.requests) < 40
@@ -337,47 +350,47 @@ def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
 
     server = serve()
     monkeypatch.setattr(endpoint.asyncio, "sleep", sleep)
-    told = [(429, {"Retry-After": after}, b"") for after in ("7", "soon", "0")]
-    server.failures = [429, 503, *told]
+    busy = [(429, {"Retry-After": after}, b"") for after in ("7", "soon", "0")]
+    server.failures = [429, 503, *busy]
     assert run(server.url) == 0
     assert waits == [1, 2, 7, 8, 1]
     server.failures = [(429, {"Retry-After": "3600"}, b'{"error": {"message": "quota"}}')]
-    with pytest.raises(UserError, match=r"stays busy \(429: quota\); ask again later$"):
+    with pytest.raises(UserError, match=r"is still busy \(429: quota\); try again later$"):
         run(server.url)
     monkeypatch.undo()
-    monkeypatch.setattr(endpoint, "PATIENCE", 1.5)
+    monkeypatch.setattr(endpoint, "BUSY_TIMEOUT", 1.5)
     server.failures = [503] * 9
-    with pytest.raises(UserError, match=r"stays busy \(503: no\); ask again later$"):
+    with pytest.raises(UserError, match=r"is still busy \(503: no\); try again later$"):
         run(server.url)
     assert len(server.failures) == 7
 
 
 def test_silence_is_not_waited_for_without_end(serve, monkeypatch):
     monkeypatch.setattr(endpoint, "TIMEOUT", 0.3)
-    server = serve(lambda body: time.sleep(1) or like_vllm(body))
-    with pytest.raises(UserError, match=r"^probe 1: http.* gave no answer within 0\.3 s; see its log$"):
+    server = serve(lambda body: time.sleep(0.6) or like_vllm(body))
+    with pytest.raises(UserError, match=r"^probe 1: http.* did not answer within 0\.3 s; see its log$"):
         run(server.url)
 
 
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:9/v1", "http://nowhere.invalid/v1", "http://..", f"http://{'a' * 300}"]
 )
-def test_an_endpoint_that_is_not_there_is_one_line_and_exit_2(tmp_path, url):
-    result = command("--endpoint", url, folder=tmp_path)
-    assert result.returncode == 2
+def test_an_endpoint_that_is_not_there_is_one_line_and_exit_2(url):
+    code, _, error = run_main(compare.main, "--endpoint", url, folder=ROOT, error_code=2)
+    assert code == 2
     assert re.fullmatch(
-        r"http\S+ cannot be reached \(.+\); start the server, or mend the address\n", result.stderr
+        r"cannot connect to http\S+ \(.+\); start the server, or correct the address\n", error
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--endpoint", "http://h/v1", "--bits", "4"], "take --adapter and --bits out"),
-        (["--endpoint", "http://h/v1", "--adapter", "qlora_output"], "take --adapter and --bits out"),
-        (["--model", "tuned"], "name that with --endpoint"),
+        (["--endpoint", "http://h/v1", "--bits", "4"], "do not apply to a served model"),
+        (["--endpoint", "http://h/v1", "--adapter", "qlora_output"], "do not apply to a served model"),
+        (["--model", "tuned"], "add --endpoint"),
         *(
-            (["--endpoint", url], "no plain http or https address; write http://host:port/v1")
+            (["--endpoint", url], "not a plain http or https address; expected http://host:port/v1")
             for url in (
                 "",
                 "localhost:8000",
@@ -412,9 +425,9 @@ def test_torch_is_not_imported_and_the_exit_codes_are_the_verdict(serve, tmp_pat
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith("the endpoint passes 6 of 6 probes\n")
     server.say = lambda body: completion("Да.")
-    result = command("--endpoint", server.url, folder=tmp_path)
-    assert (result.returncode, result.stderr) == (1, "")
-    assert result.stdout.endswith("the endpoint passes 2 of 6 probes\n")
+    code, output, error = run_main(compare.main, "--endpoint", server.url, folder=ROOT)
+    assert (code, error) == (1, "")
+    assert output.endswith("the endpoint passes 2 of 6 probes\n")
     assert command("--endpoint", server.url, "--json", "no/r.json", folder=tmp_path).returncode == 2
 
 

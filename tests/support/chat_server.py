@@ -1,4 +1,4 @@
-"""An OpenAI-style endpoint in miniature: answers by a function of the question, and fails when told."""
+"""An OpenAI-style endpoint in miniature: answers by a function of the question, and fails on request."""
 
 import json
 import threading
@@ -9,8 +9,8 @@ class Endpoint:
     """Serves /v1 on 127.0.0.1: `models`, and as a completion what `say(body)` returns.
 
     A status, or (status, headers, bytes), in place of an answer is sent as it is; a status of None hangs up.
-    `failures`: what comes first, whatever is asked. Notes every request in `requests`, and how many questions
-    there were at once in `most`.
+    `failures`: what comes first, whatever is asked. `requests` records every request, `most` how many
+    questions there were at once.
     """
 
     def __init__(self, say, models=("tuned", "base")):
@@ -53,18 +53,18 @@ class Endpoint:
         headers = {key.lower(): value for key, value in request.headers.items()}
         self.requests.append((request.command, request.path, headers, body))
         if self.failures:
-            found = self.failures.pop(0)
+            response = self.failures.pop(0)
         elif request.path == "/v1/models":
-            found = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
+            response = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
         elif request.path == "/v1/chat/completions":
-            found = self.say(body)
+            response = self.say(body)
         else:
-            found = 404
-        if isinstance(found, int):
-            found = found, {}, b'{"error": {"message": "no"}}'
-        if isinstance(found, dict):
-            found = 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
-        status, headers, content = found
+            response = 404
+        if isinstance(response, int):
+            response = response, {}, b'{"error": {"message": "no"}}'
+        if isinstance(response, dict):
+            response = 200, {"Content-Type": "application/json"}, json.dumps(response).encode()
+        status, headers, content = response
         if status is None:  # hangs up
             request.close_connection = True
             return
