@@ -106,11 +106,11 @@ def test_every_bad_file_has_its_messages_and_none_is_missing():
 def test_a_bad_file_gives_exactly_its_messages(path):
     with pytest.raises(UserError) as caught:
         load_data(path)
-    told = [line.removeprefix(f"{path}:") for line in str(caught.value).split("\n")]
-    assert all(re.match(r"\d+: ", line) and line.isprintable() for line in told)
+    messages = [line.removeprefix(f"{path}:") for line in str(caught.value).split("\n")]
+    assert all(re.match(r"\d+: ", line) and line.isprintable() for line in messages)
     # Pythons after 3.11 word a trailing comma in another way, and nest deeper before they give up.
     if sys.version_info < (3, 12) or not path.stem.startswith(("json_trailing_comma_in", "json_nested")):
-        assert told == MESSAGES[path.name]
+        assert messages == MESSAGES[path.name]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -147,7 +147,7 @@ def test_anything_else_is_no_call_and_says_why(text, reason):
         ]],
     ],
 )  # fmt: skip
-def test_incomplete_ends_with_the_character_that_no_text_can_mend(text, fatal):
+def test_incomplete_ends_with_the_character_that_no_text_can_fix(text, fatal):
     assert parse_at(text)[2] == INCOMPLETE
     assert parse_at(text + fatal)[2] not in (None, INCOMPLETE)
 
@@ -236,7 +236,7 @@ def test_a_written_call_is_read_back_and_its_prefixes_are_incomplete(name, argum
 
 @settings(max_examples=300)
 @given(begun=st.sampled_from(["", HEAD, HEAD + '"{"a', HEAD + "'{&quot;a&quot;:"]), soup=SOUP)
-def test_no_text_raises_and_what_no_text_can_mend_stays_so(begun, soup):
+def test_no_text_raises_and_what_no_text_can_fix_stays_so(begun, soup):
     text = begun + soup
     looks_like_call(text)
     call, reason = parse(text)
@@ -246,7 +246,7 @@ def test_no_text_raises_and_what_no_text_can_mend_stays_so(begun, soup):
 
 
 def said_by_xml(text):
-    """Returns the (name, arguments) that expat and json read, None if there is no such XML."""
+    """Return the (name, arguments) that expat and json read, None if there is no such XML."""
     objects = []
     try:
         tag = ElementTree.fromstring(text)

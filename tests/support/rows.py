@@ -49,8 +49,8 @@ def plain(row):
                 value = json.loads(value) if isinstance(value, str) else value
                 value = escape(json.dumps(value, ensure_ascii=False), {'"': "&quot;"})
                 said.append(f'<tool_call name="{name}" arguments="{value}"/>')
-        told = [f'<tool_result name="{asked[i]}">{results[i]}</tool_result>' for i in asked if results]
-        turns.append({"role": side, "content": "\n".join(told + said)})
+        result_tags = [f'<tool_result name="{asked[i]}">{results[i]}</tool_result>' for i in asked if results]
+        turns.append({"role": side, "content": "\n".join(result_tags + said)})
     return {"messages": turns}
 
 
