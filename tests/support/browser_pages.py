@@ -4,7 +4,7 @@ import re
 
 
 def contrast(page, selector):
-    """Return the WCAG 2 contrast of an element's text with its background, and whether the text is lighter."""
+    """Return the WCAG 2 contrast of an element's text with its background, and whether it is lighter."""
     colors = page.evaluate(
         """selector => {
           let element = document.querySelector(selector), behind = "rgba(0, 0, 0, 0)";
