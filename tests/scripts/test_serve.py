@@ -26,9 +26,9 @@ from tuner.serving import http_server
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def arguments(*given):
+def arguments(*words):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["serve.py", *given])
+        patch.setattr(sys, "argv", ["serve.py", *words])
         return serve.parse_arguments()
 
 
@@ -157,10 +157,10 @@ def test_the_folders_name_is_the_models_and_bits_quantize_it(
 
 
 @contextlib.contextmanager
-def command(*given, env=None):
-    """Starts serve.py as a user does; gives the process once it answers, and its lines."""
+def command(*arguments, env=None):
+    """Start serve.py as a user does; give the process once it answers, and its lines."""
     process = subprocess.Popen(
-        [sys.executable, "-u", ROOT / "serve.py", "--port", "0", *given],
+        [sys.executable, "-u", ROOT / "serve.py", "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -230,7 +230,7 @@ def test_a_signal_during_requests_ends_it_cleanly(tiny_text_model, name, code):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_it_heeds_a_signal_as_soon_as_it_says_that_it_is_there(tiny_text_model, name, code):
+def test_a_signal_is_handled_from_the_first_printed_address_on(tiny_text_model, name, code):
     with command("--model", tiny_text_model) as (process, _):
         process.send_signal(getattr(signal, name))
         assert process.wait(20) == code

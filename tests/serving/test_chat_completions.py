@@ -41,10 +41,14 @@ def test_answers_whole_and_streamed_with_calls_and_without(echoing, text, conten
     assert made == calls
     assert len({call.id for call in message.tool_calls or []}) == len(calls)
     assert reason == ("tool_calls" if calls else "stop")
-    said, streamed, reason_too, usage = join_stream(
+    text_streamed, calls_streamed, reason_streamed, usage = join_stream(
         ask(echoing, text, tools=TOOLS, stream=True, stream_options={"include_usage": True})
     )
-    assert (said.strip(), streamed, reason_too) == ((content or "").strip(), calls, reason)
+    assert (text_streamed.strip(), calls_streamed, reason_streamed) == (
+        (content or "").strip(),
+        calls,
+        reason,
+    )
     assert usage == answer.usage
 
 
@@ -179,7 +183,7 @@ def test_the_end_token_ends_an_answer_and_is_not_in_it(plain):
 
 
 def sampled(model, ids, count, temperature, top_p, seed):
-    """Draws tokens by hand: from the fewest likeliest tokens that have top_p together, renormalised."""
+    """Draw tokens by hand: from the fewest likeliest tokens that have top_p together, renormalized."""
     torch.manual_seed(seed)
     new = []
     with torch.inference_mode():
@@ -211,7 +215,7 @@ def test_temperature_top_p_and_seed_draw_what_is_drawn_by_hand(plain, temperatur
 
 
 @pytest.mark.parametrize(
-    ("stop", "said"),
+    ("stop", "content_before"),
     [
         ("мир", "Привет, "),
         (["x", "т, м"], "Приве"),
@@ -220,34 +224,34 @@ def test_temperature_top_p_and_seed_draw_what_is_drawn_by_hand(plain, temperatur
         ("!!", "Привет, мир!"),
     ],
 )
-def test_stop_strings_end_an_answer_before_them(echoing, stop, said):
+def test_stop_strings_end_an_answer_before_them(echoing, stop, content_before):
     choice = ask(echoing, "Привет, мир!", stop=stop).choices[0]
-    assert (choice.message.content, choice.finish_reason) == (said, "stop")
-    content, _, reason, usage = join_stream(
+    assert (choice.message.content, choice.finish_reason) == (content_before, "stop")
+    streamed, _, reason, usage = join_stream(
         ask(echoing, "Привет, мир!", stop=stop, stream=True, stream_options={"include_usage": True})
     )
-    assert (content, reason) == (said, "stop")
+    assert (streamed, reason) == (content_before, "stop")
     assert usage.completion_tokens <= len("Привет, мир!") + 1
-    if said == "Приве":
+    if content_before == "Приве":
         assert usage.completion_tokens == len("Привет, м"), "and the model writes no more"
 
 
 @given(st.text("ab", max_size=8), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
-def test_a_stop_string_is_never_said_and_nothing_else_is_lost(text, stops):
-    said = held = ""
+def test_a_stop_string_is_never_emitted_and_nothing_else_is_lost(text, stops):
+    emitted = held_back = ""
     for letter in text:
-        new, held, stopped = streaming.split_at_stop(held + letter, stops)
-        said += new
+        new, held_back, stopped = streaming.split_at_stop(held_back + letter, stops)
+        emitted += new
         if stopped:
             break
     else:
-        said += held
-        assert said == text
+        emitted += held_back
+        assert emitted == text
         assert not any(stop in text for stop in stops)
         return
-    assert text.startswith(said)
-    assert not any(stop in said for stop in stops)
-    assert any(text.startswith(said + stop) for stop in stops)
+    assert text.startswith(emitted)
+    assert not any(stop in emitted for stop in stops)
+    assert any(text.startswith(emitted + stop) for stop in stops)
 
 
 def test_how_many_tokens_an_answer_may_have(echoing, monkeypatch):

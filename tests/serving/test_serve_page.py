@@ -25,7 +25,7 @@ def two(echo):
 
 @pytest.fixture
 def visit(browser, two):
-    """Opens a server's page; whatever it complains of, or asks of another place, fails the test."""
+    """Open a server's page; any error in it, and any request to another site, fails the test."""
     troubles, requests, contexts = [], [], []
 
     def visit(server=two, expected=(), **settings):
@@ -52,9 +52,9 @@ def visit(browser, two):
 
 
 def columns(page, notes):
-    """Returns the answers that the page shows once the notes below them are these."""
-    for place, note in enumerate(notes):
-        page.locator("section").nth(place).get_by_text(note, exact=True).wait_for()
+    """Return the answers that the page shows once the notes below them are these."""
+    for number, note in enumerate(notes):
+        page.locator("section").nth(number).get_by_text(note, exact=True).wait_for()
     assert page.locator("section h2").all_inner_texts() == ["tuned", "base"][: len(notes)]
     assert page.locator(".answer[aria-live=polite][aria-busy=false]").count() == len(notes)
     return page.locator(".answer").all_inner_texts()
@@ -96,7 +96,7 @@ def test_a_question_waits_for_the_models_and_asks_for_them_again_if_there_were_n
     page.unroute_all()
     page.route("**/v1/models", lambda route: route.abort())
     page.reload()
-    page.locator("#trouble", has_text="the server cannot be reached").wait_for()
+    page.locator("#trouble", has_text="cannot reach the server").wait_for()
     page.unroute_all()
     page.locator("#question:focus").wait_for()
     page.keyboard.type("cd")
@@ -165,7 +165,7 @@ def test_the_next_question_breaks_off_the_one_before(visit, two, echo, monkeypat
 
 
 @pytest.mark.browser
-def test_what_goes_wrong_is_said_in_the_answers_place(visit, echo):
+def test_what_goes_wrong_is_shown_below_the_answer(visit, echo):
     refused = ("status of 400", "status of 429", "ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET")
     with serving(echo, names=("tuned", "base")) as server:
         page = visit(server, refused)
@@ -178,7 +178,7 @@ def test_what_goes_wrong_is_said_in_the_answers_place(visit, echo):
         assert columns(page, ["3 tokens, text"] * 2) == ["ab"] * 2
         assert page.locator(".trouble").filter(visible=True).count() == 0
     page.keyboard.press("Enter")
-    page.locator("small.trouble", has_text="the server cannot be reached").nth(1).wait_for()
+    page.locator("small.trouble", has_text="cannot reach the server").nth(1).wait_for()
     assert page.locator(".answer").all_inner_texts() == ["", ""]
 
 

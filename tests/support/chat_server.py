@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Endpoint:
-    """Serves /v1 on 127.0.0.1: `models`, and as a completion what `say(body)` returns.
+    """Serve /v1 on 127.0.0.1: `models`, and as a completion what `say(body)` returns.
 
     A status, or (status, headers, bytes), in place of an answer is sent as it is; a status of None hangs up.
     `failures`: what comes first, whatever is asked. `requests` records every request, `most` how many

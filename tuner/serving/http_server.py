@@ -37,7 +37,7 @@ MAX_BODY = 2**19  # bytes; CONTEXT tokens of Cyrillic, each letter written as \u
 BODY_SECONDS = 10  # that it may take to come
 CONTEXT = 8192  # tokens, prompt and answer; on 4B their cache takes 1.1 GB beside the weights
 QUEUE = 16  # requests that wait for the one being answered; more are refused
-RETRY_AFTER = 2  # seconds, what these are told
+RETRY_AFTER = 2  # seconds, the Retry-After of these
 
 
 # ------------------------------------------------------------------------------------------ requests

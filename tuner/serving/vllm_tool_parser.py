@@ -1,9 +1,9 @@
 """A tool parser for vLLM: <tool_call name="…" arguments="…"/> becomes the tool_calls of a chat completion.
 
     vllm serve gemma-3-4b-it-merged --enable-auto-tool-choice \\
-        --tool-parser-plugin vllm_tool_parser.py --tool-call-parser tool_call_tag
+        --tool-parser-plugin tuner/serving/vllm_tool_parser.py --tool-call-parser tool_call_tag
 
-The grammar is tool_call.py's, which must lie beside this file; a malformed tag stays text.
+The grammar is tuner/data/tool_call.py's, found from this file's path; a malformed tag stays text.
 """
 
 import json
@@ -28,7 +28,7 @@ NAME = "tool_call_tag"
 
 
 class TagToolParser(ToolParser):
-    # A forced call has the model write the tag too, not the JSON that vLLM would force on it.
+    # If a call is forced, the model writes the tag too, not the JSON that vLLM would force on it.
     supports_required_and_named = False
     # vLLM 0.33 calls finish_streaming() of such parsers alone; what may begin a tag is held back until then.
     engine_based_streaming = True
@@ -38,19 +38,19 @@ class TagToolParser(ToolParser):
         self.held_back = ""
 
     def extract_tool_calls(self, model_output, request):
-        """Returns the calls of a whole answer, and the text around them (None if blank)."""
+        """Return the calls of a whole answer, and the text around them (None if blank)."""
         parts, _ = tool_call.split_text(model_output)
         calls = [part for part in parts if isinstance(part, tool_call.Call)]
         content = "".join(part for part in parts if isinstance(part, str))
         return ExtractedToolCallInformation(
             tools_called=bool(calls),
             tool_calls=[
-                ToolCall(function=FunctionCall(name=c.name, arguments=written(c.arguments))) for c in calls
+                ToolCall(function=FunctionCall(name=c.name, arguments=to_json(c.arguments))) for c in calls
             ],
             content=(content if content.strip() else None) if calls else model_output,
         )
 
-    def extract_tool_calls_streaming(
+    def extract_tool_calls_streaming(  # vLLM decides the parameters
         self,
         previous_text,
         current_text,
@@ -60,32 +60,33 @@ class TagToolParser(ToolParser):
         delta_token_ids,
         request,
     ):
-        """Returns what a further piece of an answer settles as a DeltaMessage, or None."""
+        """Return as a DeltaMessage what a further piece of an answer settles, or None."""
         parts, self.held_back = tool_call.split_text(self.held_back + delta_text, more=True)
         return self.message(parts)
 
     def finish_streaming(self):
-        """Returns what was held back, at the end of the answer, as extract_tool_calls_streaming does."""
+        """Return what was held back, at the end of the answer, as extract_tool_calls_streaming does."""
         parts, self.held_back = tool_call.split_text(self.held_back)
         return self.message(parts)
 
     def message(self, parts):
+        """Return the DeltaMessage of text and calls, None if there are none; note the calls for vLLM."""
         calls = []
         for part in parts:
             if isinstance(part, tool_call.Call):
                 self.current_tool_id += 1
-                arguments = written(part.arguments)
+                arguments = to_json(part.arguments)
                 # vLLM looks here for whether there were calls, and for arguments not yet given.
                 self.prev_tool_call_arr.append({"name": part.name, "arguments": arguments})
                 self.streamed_args_for_tool.append(arguments)
                 function = DeltaFunctionCall(name=part.name, arguments=arguments)
-                place, name = self.current_tool_id, make_tool_call_id()
-                calls.append(DeltaToolCall(index=place, id=name, type="function", function=function))
+                index, call_id = self.current_tool_id, make_tool_call_id()
+                calls.append(DeltaToolCall(index=index, id=call_id, type="function", function=function))
         content = "".join(part for part in parts if isinstance(part, str))
         return DeltaMessage(content=content or None, tool_calls=calls) if parts else None
 
 
-def written(arguments):
+def to_json(arguments):
     return json.dumps(arguments, ensure_ascii=False)
 
 
