@@ -1,4 +1,4 @@
-"""The plugin through vLLM's own classes, on a CPU: `pytest -m vllm`, set up as README.md says."""
+"""The plugin through vLLM's own classes, on a CPU: `pytest -m vllm`, set up as CONTRIBUTING.md says."""
 
 import json
 from pathlib import Path
