@@ -7,8 +7,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-import train_qlora
-from tests.scripts.test_train_qlora import CPU, awake, gradient, loaded
+from tests.support.training import CPU, add_gradient, awaken, load_with_lora, take_gradient
 from tuner.data import batching
 from tuner.model import attention, fused
 from tuner.training import collate, cuda_graphs, flat_weights, loss_functions, memory_plan
@@ -47,12 +46,6 @@ def test_few_lengths_and_more_where_a_long_run_makes_up_for_their_capture(sizes)
     assert padding(sizes, lengths) <= max(0.1 * sum(sizes), finest + 8 * len(sizes))
 
 
-@pytest.fixture(scope="module")
-def examples(tokenizer):
-    rows = train_qlora.load_data(train_qlora.Path(train_qlora.__file__).parent / "examples.json")
-    return list(train_qlora.tokenise_rows("examples.json", rows, tokenizer))[:16]
-
-
 @pytest.mark.parametrize(
     ("bits", "tokens", "short"),
     [(4, 4096, 1024), (4, 400, 1024), (4, 400, 100), (4, 160, 1024), (8, 400, 1024), (8, 400, 100)],
@@ -61,39 +54,40 @@ def test_the_gradient_of_packed_rows_is_that_of_padded_ones(
     tiny_model, examples, monkeypatch, bits, tokens, short
 ):
     monkeypatch.setattr(attention, "MAX_EXPLICIT_ATTENTION", short)
-    model = awake(loaded(tiny_model, bits)).eval()  # no dropout
-    want_loss = train_qlora.add_gradients(model, examples, 0, CPU).item()
-    want = gradient(model)
+    examples = examples[:16]
+    model = awaken(load_with_lora(tiny_model, bits)).eval()  # no dropout
+    want_loss = add_gradient(model, examples).item()
+    want = take_gradient(model)
     total = batching.trained_tokens(examples)
     fused.fuse_layers(model)
     attend, attended = transformers.AttentionInterface()[attention.PACKED_ATTENTION], []
     transformers.AttentionInterface.register(
         attention.PACKED_ATTENTION, lambda *args, **settings: attended.append(1) or attend(*args, **settings)
     )
-    loss, entropy = 0.0, loss_functions.make_cross_entropy(100)
+    loss = 0.0
     for pack in memory_plan.split_packs(examples, tokens, CPU)[0]:
         length = 8 * -(-batching.total_tokens(pack) // 8) + 8  # some padding
         batch = collate.collate_packed(pack, length, batching.trained_tokens(pack) + 3, 0)
-        part = loss_functions.packed_loss(model, batch, entropy) / total
-        part.backward()
-        loss += part.item()
+        pack_loss = loss_functions.packed_loss(model, batch, 100) / total
+        pack_loss.backward()
+        loss += pack_loss.item()
     assert loss == pytest.approx(want_loss, rel=1e-5)
     assert bool(attended) == (tokens <= short)
     near = {4: 1e-5, 8: 1e-3 if attended else 1e-4}  # roundings to int8, more of them with other attention
-    assert (gradient(model) - want).norm() / want.norm() < near[bits]
+    assert (take_gradient(model) - want).norm() / want.norm() < near[bits]
     assert model.get_base_model().get_decoder().config._attn_implementation == "sdpa"  # as it was
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_gradient_with_dropout_is_how_the_loss_changes(tiny_text_model, examples, bits):
-    model = awake(loaded(tiny_text_model, bits)).train()
+    model = awaken(load_with_lora(tiny_text_model, bits)).train()
     fused.fuse_layers(model)
     weights = flat_weights.flatten_parameters([p for p in model.parameters() if p.requires_grad])
     batch = collate.collate_packed(examples[:4], 8 * -(-batching.total_tokens(examples[:4]) // 8), 80, 0)
 
     def loss():
         torch.manual_seed(5)
-        return loss_functions.packed_loss(model, batch, loss_functions.make_cross_entropy(100))
+        return loss_functions.packed_loss(model, batch, 100)
 
     loss().backward()
     way = weights.grad / weights.grad.norm()
@@ -104,7 +98,7 @@ def test_the_gradient_with_dropout_is_how_the_loss_changes(tiny_text_model, exam
         lower = loss()
     assert ((higher - lower) / 0.04).item() == pytest.approx(weights.grad.norm().item(), rel=0.02)
     torch.manual_seed(6)
-    other = loss_functions.packed_loss(model, batch, loss_functions.make_cross_entropy(100))
+    other = loss_functions.packed_loss(model, batch, 100)
     assert other.item() != pytest.approx(lower.item(), rel=1e-6)  # it is dropped out by chance
 
 
@@ -112,12 +106,12 @@ def test_attention_and_its_gradients_are_torchs():
     attention.register_packed_attention()
     attend = transformers.AttentionInterface()[attention.PACKED_ATTENTION]
     torch.manual_seed(0)
-    given = [torch.randn(1, n, 24, 16, requires_grad=True) for n in (6, 2, 2)]
+    inputs = [torch.randn(1, n, 24, 16, requires_grad=True) for n in (6, 2, 2)]
     mask = torch.zeros(1, 1, 24, 24).masked_fill_(torch.ones(24, 24).triu(1).bool(), torch.finfo().min)
-    ours, _ = attend(None, *given, mask, scaling=0.3, dropout=0.0)
-    theirs = scaled_dot_product_attention(*given, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    ours, _ = attend(None, *inputs, mask, scaling=0.3, dropout=0.0)
+    theirs = scaled_dot_product_attention(*inputs, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
     weights = torch.randn(ours.shape)
-    gradients = [torch.autograd.grad((result * weights).sum(), given) for result in (ours, theirs)]
+    gradients = [torch.autograd.grad((result * weights).sum(), inputs) for result in (ours, theirs)]
     for one, other in zip((ours, *gradients[0]), (theirs, *gradients[1]), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
@@ -130,15 +124,15 @@ def test_cross_entropy_and_its_gradient_are_torchs():
     want = cross_entropy(hidden @ head.t(), targets, reduction="sum") * 0.3
     want.backward()
     wanted, hidden.grad = hidden.grad, None
-    loss = loss_functions.make_cross_entropy(10)(hidden, head, targets) * 0.3
+    loss = loss_functions.FusedCrossEntropy.apply(hidden, head, targets, 10) * 0.3
     loss.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-6)
     assert torch.allclose(hidden.grad, wanted, atol=1e-6)
 
 
-def test_long_rows_and_other_processes_rows(tiny_text_model, examples):
+def test_long_rows_and_other_processes_rows(examples):
     state = SimpleNamespace(device=torch.device("cpu"), num_processes=2, process_index=0)
-    both = []
+    both, examples = [], examples[:16]
     for process in (0, 1):
         state.process_index = process
         packs, long = memory_plan.split_packs(examples, 100, state)
@@ -149,10 +143,10 @@ def test_long_rows_and_other_processes_rows(tiny_text_model, examples):
 
 
 def test_the_quickest_plan_is_that_of_the_fewest_launches():
-    d = memory_plan.GEMMA_3_4B
+    dims = memory_plan.GEMMA_3_4B
 
     def planned(gib, steps, bits=4):
-        plans = memory_plan.make_plans(d, bits, 16, gib * 2**30, 128, max(map(max, steps)))
+        plans = memory_plan.make_plans(dims, bits, 16, gib * 2**30, 128, max(map(max, steps)))
         return memory_plan.quickest_plan(plans, steps, bits, CPU)
 
     mixed = [list(range(60, 200, 9))] * 4

@@ -2,7 +2,6 @@
 
 import os
 import pty
-import re
 import signal
 import subprocess
 import sys
@@ -65,16 +64,6 @@ def test_a_dropped_connection_costs_nothing(arguments, tmp_path, capsys):
     newest = newest_whole(tmp_path / "qlora_output", capsys)
     assert newest.step >= 4
     assert newest.step == len(newest.history["losses"])
-
-
-def test_what_is_printed_beside_the_bar_keeps_lines_of_its_own(arguments, tmp_path):
-    process = start_training(
-        [*arguments, "--epochs", 1], tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    lines = re.split(r"[\r\n]+", process.communicate(timeout=120)[0].decode())
-    assert process.returncode == 0
-    assert any(line.startswith("training: 100%") and line.endswith("]") for line in lines)
-    assert any(line.startswith("memory     peak RAM") for line in lines)
 
 
 def test_ctrl_c_of_a_pipe_whose_reader_it_ends_too(arguments, tmp_path, capsys):
