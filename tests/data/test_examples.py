@@ -41,13 +41,14 @@ def test_no_word_mixes_scripts_and_no_character_is_invisible(path):
                 assert len(scripts) <= 1, f"{word} in {text}"
 
 
-def test_the_rows_of_the_documentation_are_read_as_it_says(tmp_path):
-    documentation = Path("docs/rows.md").read_text(encoding="utf-8")
+def test_the_rows_that_the_docs_show_are_read_as_they_say(tmp_path):
+    page = Path("docs/rows.md").read_text(encoding="utf-8")
+    shown = re.findall(r'^({"messages".*})$', page, re.MULTILINE)
     path = tmp_path / "rows.json"
-    path.write_text(
-        "\n".join(re.findall(r'^ *({"messages".*})$', documentation, re.MULTILINE)), encoding="utf-8"
-    )
+    path.write_text("\n".join(shown), encoding="utf-8")
     (_, text), (_, shaped) = chat_rows.read_rows(path)
     assert [text["messages"], text["messages"][1]["content"]] == [shaped["messages"][:2], CALL]
-    result = re.search("<tool_result .*?</tool_result>", documentation)[0]
+    result = re.search("<tool_result .*?</tool_result>", page)[0]
     assert shaped["messages"][2] == {"role": "user", "content": result}
+    readme = Path("README.md").read_text(encoding="utf-8")
+    assert re.findall(r'^({"messages".*})$', readme, re.MULTILINE) == shown[:1]
