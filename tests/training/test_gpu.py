@@ -16,11 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import merge
 from benchmarks import random_gemma_4b
 from tests.support.tiny_models import tiny_tokenizer, write_tiny_adapter, write_tiny_model
 from train_qlora import quantization_config
-from tuner.inference import generation
+from tuner.inference import generation, probe_answers
 from tuner.inference.probes import PROBES
 from tuner.training import adapter_folder, cuda_graphs
 
@@ -258,7 +257,7 @@ def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monke
 
     def gap(number, one, other):
         """How far apart the logits of the tokens are where two answers part, in deviations of all logits."""
-        place = merge.parting(one, other)
+        place = probe_answers.first_difference(one, other)
         ids = generation.prompt_ids(tokenizer, asked[number % len(asked)]) + one[:place]
         with torch.inference_mode(), nullcontext() if number < len(asked) else model.disable_adapter():
             logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].float()
@@ -331,7 +330,7 @@ def test_serve_answers_from_the_gpu_and_outlives_a_full_memory(folder, adapter, 
             status, answer = ask("tuned", "слово " * 500, 20)
             print(status, answer)
             assert status == 503
-            assert "memory is full" in answer["error"]["message"]
+            assert "GPU out of memory" in answer["error"]["message"]
         assert ask("tuned", "Привет", 5)[0] == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
