@@ -129,7 +129,7 @@ def test_scripts_import_only_the_recipe_from_one_another():
 
 
 def inner_imports(tree):
-    """Return [(import, whether it stands in `with heavy_imports()` or without_torch()), …] within functions."""
+    """Return [(import, whether it stands `with heavy_imports()`, …)] of all imports in functions."""
     pairs = []
 
     def visit(node, in_function, in_place):
