@@ -1,4 +1,4 @@
-"""Whether a base can be had is found out without a download, and its tokenizer is found where there is one."""
+"""Whether the base can be had, and where its tokenizer is found: in a folder, a cache or a package."""
 
 import subprocess
 
