@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,12 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
+@cache
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
 def imported(path):
     """Return {(module, name), …} of all imports in a file, at any depth; the name is None for a module."""
     pairs = set()

@@ -16,6 +16,7 @@ import pytest
 from bitsandbytes.nn import Linear4bit
 
 import serve
+from tests.support import fork_server
 from tests.support.chat_client import USER, client_of, post
 from tests.support.scripts import run_main
 from tests.support.tiny_models import write_tiny_adapter
@@ -159,13 +160,8 @@ def test_the_folders_name_is_the_models_and_bits_quantize_it(
 @contextlib.contextmanager
 def command(*arguments, env=None):
     """Start serve.py as a user does; give the process once it answers, and its lines."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", ROOT / "serve.py", "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})},
-    )
+    environment = {"CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    process = fork_server.start_script("serve.py", "--port", "0", *arguments, env=environment)
     try:
         lines = [process.stdout.readline() for _ in range(4)]
         url = lines[2].split()[1].removesuffix("/v1,") if lines[2] else None

@@ -3,13 +3,12 @@
 import os
 import pty
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.support.training import ROOT, killer, start_training
+from tests.support import fork_server
+from tests.support.training import killer
 from tuner.training import checkpoints
 
 KILLS_EACH = 10  # 50 in all
@@ -33,6 +32,12 @@ def test_killed_at_fifty_moments_each_goes_on_to_the_same_adapter(kill, seed):
     assert "adapter.part" in left, "none in the final write"
 
 
+def start(arguments, folder, **options):
+    """Start train_qlora.py as a process of its own; return it."""
+    environment = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return fork_server.start_script("train_qlora.py", *arguments, folder=folder, env=environment, **options)
+
+
 def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
@@ -50,11 +55,8 @@ def newest_whole(output, capsys):
 def test_a_dropped_connection_costs_nothing(arguments, tmp_path, capsys):
     """The terminal of a session goes away, as with ssh: a hang-up, and nobody to read what is printed."""
     main, terminal = pty.openpty()
-    process = start_training(
-        [*arguments, "--epochs", 10_000], tmp_path,
-        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-    )  # fmt: skip
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = start([*arguments, "--epochs", 10_000], tmp_path, streams=streams, session=True)
     os.close(terminal)
     printed = b""
     while b"epoch  2/" not in printed and b"epoch     2/" not in printed:
@@ -69,7 +71,7 @@ def test_a_dropped_connection_costs_nothing(arguments, tmp_path, capsys):
 def test_ctrl_c_of_a_pipe_whose_reader_it_ends_too(arguments, tmp_path, capsys):
     """As in `python train_qlora.py | tee log`: tee dies of the same Ctrl-C, and nothing can be printed."""
     reader, writer = os.pipe()
-    process = start_training([*arguments, "--epochs", 10_000], tmp_path, stdout=writer, stderr=writer)
+    process = start([*arguments, "--epochs", 10_000], tmp_path, streams={"stdout": writer, "stderr": writer})
     os.close(writer)
     printed = b""
     while b"epoch" not in printed:
@@ -84,18 +86,13 @@ def test_ctrl_c_of_a_pipe_whose_reader_it_ends_too(arguments, tmp_path, capsys):
 
 
 def test_a_second_ctrl_c_quits_immediately(arguments, tmp_path):
-    script = tmp_path / "slow.py"
-    script.write_text(
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_qlora\n"
+    slow = (
+        "import time\n"
         "from tuner.training import accumulation\n"
         "def slow(*args):\n    print('in a step', flush=True)\n    while True: time.sleep(0.01)\n"
-        "accumulation.all_reduce_step = slow\ntrain_qlora.main()\n"
+        "accumulation.all_reduce_step = slow\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start(arguments, tmp_path, before=slow)
     while "in a step" not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGINT)
