@@ -5,13 +5,22 @@ import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from benchmarks import run
+from tests.support import fork_server
 from tests.support.scripts import run_main
 from train_qlora import RECIPE, preprocess_function
 from tuner.data import batching, splitting
 from tuner.training import cuda_graphs, memory_plan
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Let the benchmark's runs be forks: they import nothing again."""
+    monkeypatch.setattr(run.subprocess, "run", fork_server.run_command)
 
 
 def test_on_a_cpu_it_trains_and_writes_its_table(tiny_text_model, few_rows, tmp_path):

@@ -90,6 +90,18 @@ def start_script(script, *arguments, folder=".", streams=None, session=False, be
     return Child(status, files)
 
 
+def run_command(command, stdout, stderr, env):
+    """Do what subprocess.run does of [python, script, argument, …], by a fork; stderr goes to stdout.
+
+    To stand in for subprocess.run in code that is tested.
+    """
+    assert command[0] == sys.executable
+    assert stderr == subprocess.STDOUT
+    streams = {"stdout": stdout.fileno(), "stderr": stdout.fileno()}
+    child = start_script(Path(command[1]).resolve(), *command[2:], streams=streams, env=env)
+    return subprocess.CompletedProcess(command, child.wait(timeout=300))
+
+
 def _start_server():
     ours, theirs = socket.socketpair()
     subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
