@@ -136,7 +136,7 @@ def compare_endpoint(args, questions):
     tools = list(dict.fromkeys(call.name for call in questions.expected if call))
     started = time.perf_counter()
     model, listed, replies, tools_refused = endpoint.ask(
-        args.endpoint, args.model, questions.conversations, questions.places, tools
+        args.endpoint, args.model, questions.conversations, questions.sources, tools
     )
     seconds = round(time.perf_counter() - started, 1)
     others = f" (the first of {listed} listed)" if listed > 1 else ""

@@ -60,16 +60,16 @@ def check_address(text):
     return text.rstrip("/")
 
 
-def ask(url, model, conversations, places, tools):
+def ask(url, model, conversations, sources, tools):
     """Ask a model (None: the first that the endpoint lists) conversations, greedily; return Replies.
 
     The functions that `tools` names are declared with each question; where the endpoint takes none, all are
-    asked without. places say where a conversation stands. Raise UserError if there is no answer.
+    asked without. sources say where a conversation stands. Raise UserError if there is no answer.
     """
-    return asyncio.run(_ask(url, model, conversations, places, tools))
+    return asyncio.run(_ask(url, model, conversations, sources, tools))
 
 
-async def _ask(url, model, conversations, places, tools):
+async def _ask(url, model, conversations, sources, tools):
     async with _client(url) as client:
         listed = 0
         if model is None:
@@ -94,7 +94,7 @@ async def _ask(url, model, conversations, places, tools):
                 try:
                     reply = parse_reply(await _send(client, "POST", "chat/completions", body))
                 except UserError as error:
-                    error.args = (f"{places[number]}: {error}",)
+                    error.args = (f"{sources[number]}: {error}",)
                     raise
             bar.update()
             return reply

@@ -27,7 +27,7 @@ class Questions(NamedTuple):
     expected: list  # a tool_call.Call, or None for plain text
 
     @property
-    def places(self):
+    def sources(self):
         """Say where each question stands, for messages about it."""
         rows = [f"{self.data}:{line}" for line in self.lines]
         return [f"probe {number}" for number in range(1, len(PROBES) + 1)] + rows

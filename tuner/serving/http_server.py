@@ -118,8 +118,8 @@ class ChatService:
 
     def refuse(self, request, error):
         body = error_body(error.status_code, error.detail)
-        place = f"{request.method} {printable(request.scope['path'])}"
-        print(f"refused    {error.status_code} {place}: {body['error']['message']}")
+        route = f"{request.method} {printable(request.scope['path'])}"
+        print(f"refused    {error.status_code} {route}: {body['error']['message']}")
         return JSONResponse(body, error.status_code, error.headers)
 
     def fail(self, request, error):
