@@ -27,6 +27,9 @@ def pytest_configure(config):
     The one that only starts them needs no torch: so modules of support that import it are imported late.
     """
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        from tuner.system import libraries
+
+        libraries.silence_bitsandbytes()
         from tuner.system import devices
 
         devices.make_cpu_matmul_deterministic()

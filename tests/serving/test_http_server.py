@@ -335,22 +335,23 @@ def test_full_memory_is_an_error_and_the_server_goes_on(echoing, monkeypatch, ca
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_a_bug_is_an_error_for_the_client_and_a_traceback_in_the_log(echoing, monkeypatch, capfd):
-    with monkeypatch.context() as patch:
-        patch.setattr(generation, "generate", fail(ZeroDivisionError("private")))
-        with pytest.raises(openai.InternalServerError, match="internal server error") as error:
-            ask(echoing, "a")
-        assert error.value.type == "server_error"
-        with pytest.raises(openai.APIError, match="internal server error"):
-            list(ask(echoing, "a", stream=True))
-    assert ask(echoing, "a").choices[0].message.content == "a"
+def test_a_bug_is_an_error_for_the_client_and_a_traceback_in_the_log(echo, monkeypatch, capfd):
     errors = []
 
-    def is_logged():  # by the server's thread, after its answer
+    def is_logged():  # by the server's thread, perhaps after its answer
         errors.append(capfd.readouterr().err)
         return "ZeroDivisionError: private" in "".join(errors)
 
-    eventually(is_logged)
+    with serving(echo) as server:  # its own: uvicorn logs to the sys.stderr of when it was made
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "generate", fail(ZeroDivisionError("private")))
+            with pytest.raises(openai.InternalServerError, match="internal server error") as error:
+                ask(server, "a")
+            assert error.value.type == "server_error"
+            with pytest.raises(openai.APIError, match="internal server error"):
+                list(ask(server, "a", stream=True))
+        assert ask(server, "a").choices[0].message.content == "a"
+        eventually(is_logged)
 
 
 def test_what_is_printed_of_an_answer_holds_no_word_of_it(echoing, capfd):
