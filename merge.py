@@ -109,9 +109,9 @@ def merge(adapter, base, run, output):
         from tuner.inference import probe_answers
         from tuner.model import loading
         from tuner.system import devices
-        from tuner.training import merge_proof, merging
+        from tuner.training import adapter_weights, merge_proof, merging
 
-    folder, revision = merging.find_base(adapter, base)
+    folder, revision = adapter_weights.find_base(adapter, base)
     print(f"merging    {adapter} into {printable(base)}")
     device, dtype = merging.choose_device(folders.weight_bytes(folder), output.absolute().parent)
     part = atomic.part_path(output)

@@ -56,6 +56,15 @@ def tiny_text_model(tmp_path_factory):
     return tiny_models.write_tiny_model(tmp_path_factory.mktemp("text-only"))
 
 
+@pytest.fixture(scope="module")
+def adapter(tiny_text_model, tmp_path_factory):
+    """The folder of an adapter for tiny_text_model."""
+    from tests.support import tiny_models
+
+    folder = tmp_path_factory.mktemp("adapter") / "qlora_output"
+    return tiny_models.write_tiny_adapter(folder, tiny_text_model)
+
+
 @pytest.fixture(scope="session")
 def few_rows(tmp_path_factory):
     """The path of 20 short rows, half of them with a call."""

@@ -13,11 +13,6 @@ from tuner.model import loading
 from tuner.system.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_text_model, tmp_path_factory):
-    return write_tiny_adapter(tmp_path_factory.mktemp("adapter") / "qlora_output", tiny_text_model)
-
-
 def conversations(*prompts):
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 

@@ -7,11 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import compare
 from tests.support.scripts import run_main
-from tests.support.tiny_models import write_tiny_adapter
 from tuner.data import chat_rows, chat_text, tool_call
 from tuner.inference import generation
 from tuner.inference.judging import Answer
@@ -19,11 +16,6 @@ from tuner.inference.probes import PROBES
 
 ROOT = Path(__file__).resolve().parents[2]
 CALL = tool_call.format_call("get_sensitive_data", {})
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_text_model, tmp_path_factory):
-    return write_tiny_adapter(tmp_path_factory.mktemp("adapter") / "qlora_output", tiny_text_model)
 
 
 def answer(text, ended=True):

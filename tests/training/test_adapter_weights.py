@@ -12,11 +12,6 @@ from tuner.system.errors import UserError
 from tuner.training import adapter_folder, adapter_weights
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_text_model, tmp_path_factory):
-    return write_tiny_adapter(tmp_path_factory.mktemp("adapter") / "qlora_output", tiny_text_model)
-
-
 def edit_config(adapter, **changes):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

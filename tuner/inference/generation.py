@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, StoppingCriteriaList
 from tuner.data import batching
 from tuner.inference import cuda_decoding
 from tuner.inference.judging import MAX_NEW_TOKENS, Answer
-from tuner.model import folders, loading, locate
+from tuner.model import folders, loading
 from tuner.system import devices
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, adapter_weights
@@ -27,9 +27,7 @@ def load_tuned(adapter, bits, quantization_config):
     """
     config, run = adapter_folder.read_adapter(adapter)
     base = config["base_model_name_or_path"]
-    cure = f"the adapter in {adapter} needs it"
-    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available(), cure=cure)
-    adapter_weights.check_adapter(adapter, folder, revision)
+    folder, _ = adapter_weights.find_base(adapter, base)
     model, tokenizer = load_model(folder, base, bits, quantization_config)
     lora = PeftConfig.from_pretrained(adapter)
     lora.exclude_modules = None  # the vision tower, which is not there: PEFT warns of excluding nothing
@@ -39,7 +37,7 @@ def load_tuned(adapter, bits, quantization_config):
 def load_model(folder, name, bits, quantization_config):
     """Return (model, tokenizer) of a model folder, called `name` in messages; raise as load_base does."""
     on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda:0", devices.gpu_dtype()) if on_gpu else ("cpu", torch.float32)
+    device, dtype = ("cuda:0", devices.gpu_dtype()) if on_gpu else ("cpu", devices.CPU_DTYPE)
     if on_gpu and bits is None:
         needed = WEIGHTS_ROOM * folders.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
         free, _ = torch.cuda.mem_get_info()

@@ -52,9 +52,7 @@ def stop_requests():
         if not request:
             request.time, request.signal = time.monotonic(), number
             with suppress(OSError):  # the terminal may be gone; print() may be at work already
-                os.write(
-                    2, b"\nfinishing this step and saving a checkpoint; press Ctrl-C again to quit now\n"
-                )
+                os.write(2, FINISHING)
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}

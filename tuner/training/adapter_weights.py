@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tuner.model import locate
 from tuner.system import atomic
 from tuner.system.console import printable
 from tuner.system.errors import UserError
@@ -82,6 +83,14 @@ def adapter_bytes(model, base):
 
 
 # ------------------------------------------------------------------------------------------ checking
+
+
+def find_base(adapter, base):
+    """Return (folder, revision) of the base, downloaded or built if need be, once the adapter fits it."""
+    cure = f"the adapter in {adapter} needs it"
+    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available(), cure=cure)
+    check_adapter(adapter, folder, revision)
+    return folder, revision
 
 
 def check_adapter(folder, base, revision):

@@ -7,24 +7,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from tuner.model import loading, locate
+from tuner.model import loading
 from tuner.system import devices
 from tuner.system.errors import UserError
-from tuner.training import adapter_weights
 
 SHARD_SIZE = "5GB"
 GPU_ROOM = 1.2  # of the weights' size: what merging and answering six probes takes beside them
 CPU_ROOM = 2.4  # the CPU computes in fp32: twice the bf16 weights, and the same room
 DISK_ROOM = 1.05  # of the weights' size, and DISK_BESIDE: tokenizer and configs
 DISK_BESIDE = 100e6
-
-
-def find_base(adapter, base):
-    """Return (folder, revision) of the base, downloaded or built if need be, once the adapter fits it."""
-    cure = f"the adapter in {adapter} needs it"
-    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available(), cure=cure)
-    adapter_weights.check_adapter(adapter, folder, revision)
-    return folder, revision
 
 
 def choose_device(weight_bytes, parent):
