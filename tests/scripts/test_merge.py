@@ -394,27 +394,29 @@ def test_killed_at_ten_random_moments_it_leaves_the_old_or_the_new(
     assert process.exitcode == 0
     ended = time.monotonic()
     moments = random.Random(seed)
-    killed, saw_half = 0, False
+    saw_half = False
     for number in range(10):
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir()
-        for name, content in {**new, "config.json": new["config.json"] + b" ", "old": b""}.items():
-            (output / name).write_bytes(content)
-        old = {p.name: p.read_bytes() for p in output.iterdir()}
-        process = start()
-        if number % 2:  # half of the moments from where there is something to leave half written
-            wait_for_part(process)
-            time.sleep(moments.uniform(0, ended - writing))
-        else:
-            time.sleep(moments.uniform(0, ended - began))
-        process.kill()  # SIGKILL; nothing happens if it has ended
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-        saw_half |= (tmp_path / "out.part").exists()
-        if not output.exists():  # killed between the two renames: the next merge puts it back
-            merge.check_output(output, tiny_text_model, adapter, True)
-        assert {p.name: p.read_bytes() for p in output.iterdir()} in (old, new)
-    assert killed >= 5
+        # Half of the moments from where there is something to leave half written.
+        moment = moments.uniform(0, ended - (writing if number % 2 else began))
+        killed = False
+        while not killed:  # or it had ended: again, and earlier
+            shutil.rmtree(output, ignore_errors=True)
+            output.mkdir()
+            for name, content in {**new, "config.json": new["config.json"] + b" ", "old": b""}.items():
+                (output / name).write_bytes(content)
+            old = {p.name: p.read_bytes() for p in output.iterdir()}
+            process = start()
+            if number % 2:
+                wait_for_part(process)
+            time.sleep(moment)
+            process.kill()  # SIGKILL; nothing happens if it has ended
+            process.join()
+            killed = process.exitcode == -signal.SIGKILL
+            saw_half |= (tmp_path / "out.part").exists()
+            if not output.exists():  # killed between the two renames: the next merge puts it back
+                merge.check_output(output, tiny_text_model, adapter, True)
+            assert {p.name: p.read_bytes() for p in output.iterdir()} in (old, new)
+            moment *= 0.8
     assert saw_half
     run_well(adapter, output, "--overwrite")
     assert {p.name: p.read_bytes() for p in output.iterdir()} == new
