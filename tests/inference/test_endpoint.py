@@ -1,5 +1,7 @@
 """compare.py --endpoint: a served model is asked, judged as any other, and every failure is one line."""
 
+import gzip
+import itertools
 import json
 import os
 import re
@@ -17,7 +19,7 @@ from tests.support.chat_server import Endpoint, calling, completion
 from tests.support.scripts import run_main
 from tuner.data import chat_rows, tool_call
 from tuner.inference import endpoint, judging
-from tuner.inference.probes import PROBES, load_questions
+from tuner.inference.probes import CALL, PROBES, load_questions
 from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -370,6 +372,70 @@ def test_silence_is_not_waited_for_without_end(serve, monkeypatch):
     server = serve(lambda body: time.sleep(0.6) or like_vllm(body))
     with pytest.raises(UserError, match=r"^probe 1: http.* did not answer within 0\.3 s; see its log$"):
         run(server.url)
+
+
+def chunked(pieces):
+    """Return the pieces as chunks of a body whose length is not said."""
+    return {"Transfer-Encoding": "chunked"}, (b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+
+
+def endless():
+    return itertools.repeat(b" " * 2**16)
+
+
+BLANKS = b" " * 2**23
+ENDLESS = {
+    "without a length": lambda: (200, {}, endless()),
+    "in chunks": lambda: (200, *chunked(endless())),
+    "of an error": lambda: (500, *chunked(endless())),
+    "while busy": lambda: (503, *chunked(endless())),
+    "of a length that is said": lambda: (200, {"Content-Length": str(10**12)}, endless()),
+    "compressed": lambda: (200, {"Content-Encoding": "gzip"}, gzip.compress(BLANKS)),
+    "twice": lambda: (200, {"Content-Encoding": "gzip, gzip"}, gzip.compress(gzip.compress(BLANKS))),
+}
+
+
+@pytest.mark.parametrize("body", ENDLESS)
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_body_that_does_not_end_is_read_up_to_a_limit(serve, body, listed):
+    server = serve()
+    server.failures = [LISTED] * listed + [ENDLESS[body]()]
+    where, path = ("probe 1: ", "chat/completions") if listed else ("", "models")
+    with pytest.raises(UserError) as error:
+        run(server.url)
+    assert str(error.value) == f"{where}{server.url} answers /{path} with more than 4 MiB; {WRONG_SERVER}"
+
+
+def drip(piece=b" "):
+    while True:
+        time.sleep(0.05)
+        yield piece
+
+
+@pytest.mark.parametrize(("status", "piece"), [(200, b" "), (503, b" "), (100, b"HTTP/1.1 100 Go\r\n\r\n")])
+def test_what_trickles_is_waited_for_no_longer_than_an_answer(serve, monkeypatch, status, piece):
+    monkeypatch.setattr(endpoint, "TIMEOUT", 0.3)
+    server = serve()
+    server.failures = [(status, {}, drip(piece))]
+    with pytest.raises(UserError, match=r"^http.* did not answer within 0\.3 s; see its log$"):
+        run(server.url)
+
+
+def test_headers_that_do_not_end_are_one_line(serve):
+    server = serve()
+    server.failures = [(200, {"X-Long": "a" * 2**20}, b"{}")]
+    with pytest.raises(UserError, match=r"^http.* broke the connection \(.+\); see its log, then try again$"):
+        run(server.url)
+
+
+def test_an_answer_longer_than_its_tokens_can_be_is_truncated():
+    text = f"{TAG} " * 10_000
+    for data in (completion(text), calling(*[(NAME, "{}")] * 10_000), calling((NAME, {"a": text}))):
+        reply = endpoint.parse_reply(data)
+        assert not reply.ended
+        assert len(reply.text) == endpoint.MAX_CHARACTERS
+        assert judging.judge(judging.Answer(reply.text, reply.ended, []), CALL)[0] == "malformed"
+    assert endpoint.parse_reply(completion(text[: endpoint.MAX_CHARACTERS])).ended
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ class Endpoint:
     """Serve /v1 on 127.0.0.1: `models`, and as a completion what `say(body)` returns.
 
     A status, or (status, headers, bytes), in place of an answer is sent as it is; a status of None hangs up.
+    In place of the bytes may stand pieces of them, which may never end.
     `failures`: what comes first, whatever is asked. `requests` records every request, `most` how many
     questions there were at once.
     """
@@ -69,10 +70,12 @@ class Endpoint:
             request.close_connection = True
             return
         request.send_response(status)
-        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+        length = {"Content-Length": str(len(content))} if isinstance(content, bytes) else {}
+        for key, value in {**length, **headers}.items():
             request.send_header(key, value)
         request.end_headers()
-        request.wfile.write(content)
+        for piece in [content] if isinstance(content, bytes) else content:
+            request.wfile.write(piece)
 
 
 def completion(content, finish="stop", **message):

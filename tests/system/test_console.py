@@ -30,8 +30,8 @@ def test_colors_are_for_terminals_that_want_them(monkeypatch, terminal, no_color
 def test_only_the_main_process_prints(monkeypatch, capsys):
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        console.print_main(f"rank {rank}")
-    assert capsys.readouterr().out == "rank 0\n"
+        console.print_main(f"rank {rank}\x1b")
+    assert capsys.readouterr().out == "rank 0\ufffd\n"
 
 
 @pytest.mark.parametrize(("ignore", "says"), [("console.ignore_broken_pipes()", "end"), ("", "BrokenPipe")])

@@ -17,7 +17,9 @@ from tuner.system.console import printable
 from tuner.system.errors import UserError
 
 CONCURRENT_REQUESTS = 4
-TIMEOUT = 300  # seconds for an answer; a CPU that answers four at once takes one or two minutes
+TIMEOUT = 300  # seconds for a whole answer; a CPU that answers four at once takes one or two minutes
+MAX_BYTES = 4 * 2**20  # of a response, decompressed; the longest lists of models have some 500 KB
+MAX_CHARACTERS = 128 * MAX_NEW_TOKENS  # of an answer: no usual token is longer, and Gemma's have 31 at most
 CONNECT_TIMEOUT = 10  # seconds
 BUSY_TIMEOUT = 60  # seconds that an endpoint may stay busy (429, 503), all waits together
 KEY = "OPENAI_API_KEY"
@@ -129,7 +131,7 @@ async def _send(client, method, path, body=None):
     started, pause = time.monotonic(), 1
     while True:
         try:
-            response = await asyncio.wait_for(client.request(method, path, json=body), TIMEOUT)
+            response, content = await asyncio.wait_for(_receive(client, method, path, body), TIMEOUT)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             reason = printable(str(error), 100) or f"no connection within {CONNECT_TIMEOUT} s"
             cure = "start the server, or correct the address"
@@ -144,17 +146,29 @@ async def _send(client, method, path, body=None):
         after = response.headers.get("Retry-After", "")
         wait = max(1, int(after)) if re.fullmatch("[0-9]{1,6}", after) else pause
         if time.monotonic() - started + wait > BUSY_TIMEOUT:
-            reason = _reason(response, client)
+            reason = _reason(response, content, client)
             raise UserError(f"{url} is still busy ({response.status_code}: {reason}); try again later")
         await asyncio.sleep(wait)
         pause = min(2 * pause, 8)
     if response.is_success:
         try:
-            return response.json()
+            return json.loads(content)
         except (ValueError, RecursionError):
             kind = printable(response.headers.get("Content-Type", "no content type"))
             raise UserError(f"{url} does not answer in JSON ({kind}); {WRONG_SERVER}") from None
-    raise _failure(url, response, _reason(response, client), path)
+    raise _failure(url, response, _reason(response, content, client), path)
+
+
+async def _receive(client, method, path, body):
+    """Return (response, its body as bytes); raise UserError where that has more than MAX_BYTES."""
+    content = bytearray()
+    async with client.stream(method, path, json=body) as response:
+        async for chunk in response.aiter_bytes():  # decompressed by 1 MiB at most, so no bomb goes off
+            content += chunk
+            if len(content) > MAX_BYTES:
+                url, most = str(client.base_url).rstrip("/"), f"{MAX_BYTES / 2**20:g} MiB"
+                raise UserError(f"{url} answers /{path} with more than {most}; {WRONG_SERVER}")
+    return response, bytes(content)
 
 
 def _failure(url, response, reason, path):
@@ -180,16 +194,17 @@ def _failure(url, response, reason, path):
     return RefusedError(f"{url} rejects the request ({reason_text}); {cure}", reason_text)
 
 
-def _reason(response, client):
+def _reason(response, content, client):
     """Return what the body of an error says, in one line; never the key, which a server may repeat."""
     try:
-        message = response.json()
+        message = json.loads(content)
         # OpenAI's {"error": {"message": …}}, FastAPI's {"detail": …}
         for name in ("error", "message", "detail"):
             message = message.get(name, message) if isinstance(message, dict) else message
         text = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False)
     except (ValueError, RecursionError):
-        text = response.text if response.headers.get("Content-Type", "").startswith("text/plain") else ""
+        plain = response.headers.get("Content-Type", "").startswith("text/plain")
+        text = content.decode(errors="replace") if plain else ""
     if key := client.headers.get("Authorization", "").removeprefix("Bearer "):
         text = text.replace(key, "…")
     return printable(text.strip() or response.reason_phrase or "no reason given", 200)
@@ -207,7 +222,10 @@ def model_names(data):
 
 
 def parse_reply(data):
-    """Return the Reply of a chat completion; raise UserError if it is malformed."""
+    """Return the Reply of a chat completion; raise UserError if it is malformed.
+
+    Of a text of more than MAX_CHARACTERS, which has not ended within MAX_NEW_TOKENS, the beginning is kept.
+    """
     try:
         choice = data["choices"][0]
         message = choice["message"]
@@ -218,11 +236,13 @@ def parse_reply(data):
             tool_call.format_tag(name, arguments if isinstance(arguments, str) else json.dumps(arguments))
             for name, arguments in functions
         ]
-        tagged = sum(isinstance(part, tool_call.Call) for part in tool_call.split_text(content)[0])
-    except (LookupError, TypeError, AttributeError):
+        parts, _ = tool_call.split_text(content[:MAX_CHARACTERS])
+        text = "\n".join([content] * (bool(content.strip()) or not tags) + tags)
+    except (LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"the response is not a chat completion; {WRONG_SERVER}") from None
-    text = "\n".join([content] * (bool(content.strip()) or not tags) + tags)
-    return Reply(_encodable(text), choice.get("finish_reason") != "length", len(tags), tagged)
+    ended = choice.get("finish_reason") != "length" and len(text) <= MAX_CHARACTERS
+    tagged = sum(isinstance(part, tool_call.Call) for part in parts)
+    return Reply(_encodable(text[:MAX_CHARACTERS]), ended, len(tags), tagged)
 
 
 def _encodable(text):

@@ -10,9 +10,14 @@ from contextlib import suppress
 from tqdm import tqdm
 
 
+def one_line(text):
+    """Return text as one line, with control characters replaced."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
 def printable(text, width=60):
     """Return text as one line of at most `width` characters, with control characters replaced."""
-    text = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+    text = one_line(text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -39,10 +44,10 @@ def is_main_process():
 
 
 def print_main(text):
-    """Print text, above a progress bar if there is one, in the main process only."""
+    """Print text as one line, above a progress bar if there is one, in the main process only."""
     if is_main_process():
         with tqdm.external_write_mode():
-            print(text, flush=True)
+            print(one_line(text), flush=True)
 
 
 def ignore_broken_pipes():
