@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from train_qlora import OUTPUT_DIR, quantization_config
-from tuner.model import folders
+from tuner.model import folders, gemma_folder
 from tuner.serving import listening
 from tuner.system import console, signals
 from tuner.system.errors import UserError
@@ -64,10 +64,7 @@ def check_model(args):
         )
     if adapter_folder.is_finished(folder):
         raise UserError(f"{folder} is an adapter; serve it on its base: python serve.py --adapter {folder}")
-    if missing := folders.missing_files(folder):
-        raise UserError(
-            f"{folder} is not a complete model folder ({missing[0]} missing); check --model, or merge again"
-        )
+    gemma_folder.check(folder, folder, "check --model, or merge again")
 
 
 def print_addresses(listener, key):

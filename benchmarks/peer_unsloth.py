@@ -20,6 +20,7 @@ if __name__ == "__main__":
         load_in_4bit=args.bits == 4,
         load_in_8bit=args.bits == 8,
         use_gradient_checkpointing=checkpointing,
+        trust_remote_code=False,
     )
     model = FastModel.get_peft_model(
         model,

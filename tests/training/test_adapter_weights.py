@@ -41,6 +41,7 @@ def without(adapter, name):
 CONFIG, WEIGHTS = "adapter_config.json", adapter_folder.WEIGHTS
 UP, DOWN = "layers.1.mlp.up_proj.lora_B.weight", "layers.0.mlp.down_proj.lora_A.weight"
 VALUE = "layers.1.self_attn.v_proj"
+NESTED = "(a+)+" * 10 + "$"  # takes longer than the universe is old on a name of 40 letters a
 DAMAGES = {
     "no folder": (shutil.rmtree, "does not exist; train an adapter first"),
     "no config": (lambda a: without(a, CONFIG), f"holds no adapter ({CONFIG} is missing)"),
@@ -50,6 +51,23 @@ DAMAGES = {
     "names code": (
         lambda a: edit_config(a, megatron_config={"a": 1}, megatron_core="antigravity"),
         f"{CONFIG} has a megatron_config, which may run any code",
+    ),
+    "eight bits": (
+        lambda a: edit_weights(a, UP, lambda w: w.to(torch.int8)),
+        f"{UP} is I8 [128, 16], no matrix in F32",
+    ),
+    "64 bits": (lambda a: edit_weights(a, UP, lambda w: w.double()), f"{UP} is F64 [128, 16], no matrix"),
+    "8-bit floats": (
+        lambda a: edit_weights(a, UP, lambda w: w.to(torch.float8_e4m3fn)),
+        f"{UP} is F8_E4M3 [128, 16]",
+    ),
+    "one dimension": (lambda a: edit_weights(a, UP, lambda w: w.flatten().clone()), f"{UP} is F32 [2048]"),
+    "no dimension": (lambda a: edit_weights(a, UP, lambda w: w.sum()), f"{UP} is F32 []"),
+    "empty": (lambda a: edit_weights(a, UP, lambda w: w[:0].clone()), f"{UP} is 0 wide"),
+    "other width": (lambda a: edit_weights(a, UP, lambda w: w[:5].clone()), f"{UP} is 5 wide"),
+    "a name that is no name": (
+        lambda a: save_file({"\x1b[2Jevil\n": torch.ones(2, 2)}, a / WEIGHTS),
+        "has no place for \ufffd[2Jevil ",
     ),
     "no base named": (lambda a: edit_config(a, base_model_name_or_path=None), "names no base model"),
     "no weights": (lambda a: without(a, WEIGHTS), f"holds no {WEIGHTS}"),

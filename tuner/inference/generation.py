@@ -1,14 +1,13 @@
 """Load base and adapter, and answer conversations greedily."""
 
 import torch
-from peft import PeftConfig, PeftModel
 from tqdm import tqdm
-from transformers import AutoTokenizer, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from tuner.data import batching
 from tuner.inference import cuda_decoding
 from tuner.inference.judging import MAX_NEW_TOKENS, Answer
-from tuner.model import folders, loading
+from tuner.model import folders, gemma_tokenizer, loading
 from tuner.system import devices
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, adapter_weights
@@ -29,9 +28,7 @@ def load_tuned(adapter, bits, quantization_config):
     base = config["base_model_name_or_path"]
     folder, _ = adapter_weights.find_base(adapter, base)
     model, tokenizer = load_model(folder, base, bits, quantization_config)
-    lora = PeftConfig.from_pretrained(adapter)
-    lora.exclude_modules = None  # the vision tower, which is not there: PEFT warns of excluding nothing
-    return PeftModel.from_pretrained(model, adapter, config=lora).eval(), tokenizer, run
+    return adapter_weights.add_adapter(model, adapter), tokenizer, run
 
 
 def load_model(folder, name, bits, quantization_config):
@@ -47,7 +44,7 @@ def load_model(folder, name, bits, quantization_config):
                 f"{free / 2**30:.1f} GiB are free; add --bits 4"
             )
     model = loading.load_base(folder, quantization_config(bits, dtype), device, dtype, vision=False)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model.eval(), gemma_tokenizer.load_tokenizer(folder)
 
 
 def prompt_ids(tokenizer, messages):

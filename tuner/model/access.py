@@ -7,7 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from tuner.model import folders, hub, locate
+from tuner.model import folders, gemma_folder, hub, locate
 from tuner.system import libraries
 from tuner.system.errors import UserError
 
@@ -23,10 +23,10 @@ def check_model(model, offline):
     if locate.is_local(model):
         if not Path(model).exists():
             return [("✗", f"model: {model} does not exist; check --model")]
-        if missing := folders.missing_files(model):
-            return [
-                ("✗", f"model: {model} is not a complete model folder ({missing[0]} missing); check --model")
-            ]
+        try:
+            gemma_folder.check(model, model, "check --model")
+        except UserError as error:
+            return [("✗", f"model: {error}")]
         return [("✓", f"model: {model}")]
     if offline:
         return [("–", "token and license: not checked (--offline)")]

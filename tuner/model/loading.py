@@ -2,9 +2,9 @@
 
 import bitsandbytes
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tuner.model import gemma_folder
 from tuner.system.console import printable
 from tuner.system.errors import UserError
 
@@ -15,8 +15,8 @@ def load_base(folder, quantization_config, device, dtype, vision=True):
     Without vision the tower has no layers: no row has a picture, and they take a tenth of the memory.
     Raise UserError for a folder that is damaged or lacks weights.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    with gemma_folder.explained(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text_only = not vision and hasattr(config, "vision_config")
         if text_only:
             config.vision_config.num_hidden_layers = 0
@@ -27,11 +27,9 @@ def load_base(folder, quantization_config, device, dtype, vision=True):
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = printable(str(error), 100)
-        raise UserError(f"{folder} cannot be loaded as a model ({reason}); download it again") from error
     check_report(folder, report, text_only)
     model.config.get_text_config().use_cache = False
     for module in model.modules():
@@ -47,12 +45,12 @@ def check_report(folder, report, text_only):
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise UserError(
-            f"{folder} lacks weights ({missing[0]} and {len(missing) - 1} more); "
-            "download it again: python download_model.py"
+            f"{folder} lacks weights ({printable(missing[0])} and {len(missing) - 1} more); "
+            + gemma_folder.DOWNLOAD_AGAIN
         )
     unexpected = [key for key in map(str, report["unexpected_keys"]) if not (text_only and "vision" in key)]
     if unexpected:
         raise UserError(
-            f"{folder} holds weights that its config.json does not describe ({min(unexpected)}); "
-            "download it again"
+            f"{folder} holds weights that its config.json does not describe ({printable(min(unexpected))}); "
+            + gemma_folder.DOWNLOAD_AGAIN
         )

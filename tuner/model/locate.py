@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tuner.model import folders, hub, small_model
+from tuner.model import folders, gemma_folder, hub, small_model
 from tuner.system.errors import UserError
 
 
@@ -20,16 +20,16 @@ def is_local(model):
 def find_model(model, rehearse, cure="check --model"):
     """Return (folder, revision) of a base model; build the small one or download another if need be.
 
-    Raise UserError that ends in `cure` for a folder that is not there or incomplete.
+    Raise UserError that ends in `cure` for a folder that is not there, incomplete, or not Gemma 3's.
     """
     small = rehearse and Path(model) == Path(folders.SMALL_FOLDER)
     if small and not Path(model).exists():
         small_model.build_small(model)
     if not is_local(model):
         folder = hub.fetch(model)
+        gemma_folder.check(folder, model, "choose another model")
         return folder, folders.revision(folder)
     if not Path(model).exists():
         raise UserError(f"{model} does not exist; {cure}")
-    if missing := folders.missing_files(model):
-        raise UserError(f"{model} is not a complete model folder ({missing[0]} missing); {cure}")
+    gemma_folder.check(model, model, cure)
     return model, folders.revision(model)

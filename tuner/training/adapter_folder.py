@@ -11,16 +11,14 @@ from safetensors import SafetensorError, safe_open
 from tuner.system import atomic
 from tuner.system.console import is_main_process, printable
 from tuner.system.errors import UserError
-from tuner.training import checkpoints
+from tuner.training import adapter_config, checkpoints
+from tuner.training.adapter_config import TRAIN_AGAIN
 from tuner.training.checkpoints import CONFIG, WEIGHTS
 
 # What a base's tokenizer consists of; it goes along as it is.
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 PART = "adapter.part"  # where it is written until it is whole
 COMPARISON = "compare.json"  # what compare.py leaves beside the adapter, for the merged model's card
-# Settings of an adapter that may have PEFT 0.21.2 import a module, or unpickle a file, that they name.
-RUN_OR_UNPICKLED = ("megatron_config", "auto_mapping", "corda_config", "lora_ga_config")
-TRAIN_AGAIN = "train again: python train_qlora.py"
 # Bytes, on 4B: three checkpoints and one being written, of 300 MB each, adapter (120), tokenizer (33), plot.
 DISK_NEEDED = 1.5e9
 
@@ -135,15 +133,7 @@ def read_adapter(folder):
             raise UserError(f"{folder} holds an unfinished run; resume with: {resume}")
         raise UserError(f"{folder} holds no adapter ({CONFIG} is missing); {TRAIN_AGAIN}")
     config = read_json(folder / CONFIG)
-    if config.get("peft_type") != "LORA":
-        method = printable(str(config.get("peft_type")))
-        raise UserError(f"{folder} was made by the method {method}, not by LoRA; {TRAIN_AGAIN}")
-    for name in RUN_OR_UNPICKLED:
-        if config.get(name):
-            raise UserError(f"{folder}/{CONFIG} has a {name}, which may run any code; {TRAIN_AGAIN}")
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{folder}/{CONFIG} names no base model; {TRAIN_AGAIN}")
+    adapter_config.check(folder, config)
     if not (folder / WEIGHTS).is_file():
         pickle = (folder / "adapter_model.bin").is_file()
         reason = "only a pickle, which is never read: it may run any code" if pickle else f"no {WEIGHTS}"

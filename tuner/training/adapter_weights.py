@@ -5,16 +5,16 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tuner.model import locate
+from tuner.model import gemma_folder, locate, lora
 from tuner.system import atomic
 from tuner.system.console import printable
 from tuner.system.errors import UserError
-from tuner.training import adapter_folder, checkpoints, loss_plot
+from tuner.training import adapter_config, adapter_folder, checkpoints, loss_plot
 from tuner.training.adapter_folder import TRAIN_AGAIN
 from tuner.training.checkpoints import CONFIG, WEIGHTS
 
@@ -117,17 +117,33 @@ def check_adapter(folder, base, revision):
                 raise UserError(f"{folder}: {name} is all zeros, nothing was learned there; {cure}")
 
 
+def read_lora(folder):
+    """Return the LoraConfig of an adapter: PEFT gets what adapter_config.check lets through, nothing else."""
+    config, _ = adapter_folder.read_adapter(folder)
+    return LoraConfig(**adapter_config.lora_settings(config))
+
+
+def add_adapter(model, folder):
+    """Return the base with the adapter of a checked folder on it, to be used, not trained."""
+    config = read_lora(folder)
+    if not lora.has_vision_layers(model):
+        config.exclude_modules = None  # as in lora.add_lora
+    return PeftModel.from_pretrained(model, folder, config=config).eval()
+
+
 def expected_tensors(folder, base):
     """Return {name: tensor without data} that an adapter's config gives on a base; raise UserError."""
-    try:
-        config = PeftConfig.from_pretrained(folder)
-        config.base_model_name_or_path = str(base)  # a hub's name, and PEFT would warn of the cache's path
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-            return get_peft_model_state_dict(get_peft_model(model, config))
-    except (ValueError, TypeError, KeyError) as error:
-        reason = printable(str(error), 100)
-        raise UserError(f"{folder}/{CONFIG} does not fit {base} ({reason}); {TRAIN_AGAIN}") from error
+    config = read_lora(folder)
+    config.base_model_name_or_path = str(base)  # a hub's name, and PEFT would warn of the cache's path
+    with torch.device("meta"):
+        with gemma_folder.explained(base):
+            base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(base_config, trust_remote_code=False)
+        try:
+            return get_peft_model_state_dict(lora.add_lora(model, config))
+        except (ValueError, TypeError, KeyError) as error:
+            reason = printable(str(error), 100)
+            raise UserError(f"{folder}/{CONFIG} does not fit {base} ({reason}); {TRAIN_AGAIN}") from error
 
 
 def check_shapes(folder, base, file, expected):
@@ -135,10 +151,15 @@ def check_shapes(folder, base, file, expected):
     names = set(file.keys())
     other, damaged = f"{folder} was trained on another base", f"{folder} is damaged"
     if unknown := sorted(names - set(expected)):
-        raise UserError(f"{other}: {base} has no place for {unknown[0]}; {TRAIN_AGAIN}")
+        raise UserError(f"{other}: {base} has no place for {printable(unknown[0], 200)}; {TRAIN_AGAIN}")
     for name in sorted(names):
+        weight = file.get_slice(name)
+        shape, dtype, expected_shape = weight.get_shape(), weight.get_dtype(), list(expected[name].shape)
+        if dtype not in gemma_folder.DTYPES or len(shape) != 2:
+            raise UserError(
+                f"{damaged}: {name} is {dtype} {shape}, no matrix in F32, F16 or BF16; {TRAIN_AGAIN}"
+            )
         # lora_A is (rank, width of the input), lora_B (width of the output, rank).
-        shape, expected_shape = file.get_slice(name).get_shape(), list(expected[name].shape)
         rank = 0 if "lora_A" in name else 1
         if shape[1 - rank] != expected_shape[1 - rank]:
             widths = f"{shape[1 - rank]} wide, in {base} {expected_shape[1 - rank]}"

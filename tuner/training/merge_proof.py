@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tuner.model import folders
 from tuner.system.errors import UserError
-from tuner.training import adapter_folder
+from tuner.training import adapter_config, adapter_folder
 
 ROUNDING = 2.0**-8  # of a value rounded to bf16 (8 bits of significand), relative
 
@@ -53,7 +53,7 @@ def prove_sum(name, old, lora, new):
 def adapter_deltas(adapter, names):
     """Return {name of the base's tensor: (A, B, alpha/r)} of an adapter; names: all that the base has."""
     config, _ = adapter_folder.read_adapter(adapter)
-    scale = config["lora_alpha"] / config["r"]
+    scale = adapter_config.scale(config)
     lora = load_file(Path(adapter, adapter_folder.WEIGHTS))
     deltas = {}
     for name in lora:

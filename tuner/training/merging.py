@@ -4,12 +4,11 @@ import shutil
 
 import psutil
 import torch
-from peft import PeftModel
-from transformers import AutoTokenizer
 
-from tuner.model import loading
+from tuner.model import gemma_tokenizer, loading
 from tuner.system import devices
 from tuner.system.errors import UserError
+from tuner.training import adapter_weights
 
 SHARD_SIZE = "5GB"
 GPU_ROOM = 1.2  # of the weights' size: what merging and answering six probes takes beside them
@@ -47,7 +46,7 @@ def choose_device(weight_bytes, parent):
 def load_with_adapter(folder, adapter, device, dtype):
     """Return (model, tokenizer) of the base in `folder`, unquantized, with the adapter on it."""
     model = loading.load_base(folder, None, device, dtype)
-    return PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(folder)
+    return adapter_weights.add_adapter(model, adapter), gemma_tokenizer.load_tokenizer(folder)
 
 
 def save_merged(model, folder):

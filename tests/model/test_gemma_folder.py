@@ -1,0 +1,181 @@
+"""What is refused about a base before transformers sees it, by every script, in one line."""
+
+import ast
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import check
+import compare
+import merge
+import serve
+import train_qlora
+from tests.support.scripts import run_main
+from tuner.model import gemma_folder, gemma_tokenizer
+from tuner.system.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CURE = "choose another base"
+CODE = "from pathlib import Path\nPath({!r}).touch()\nclass Evil:\n    pass\n"
+
+
+@pytest.fixture
+def base(tiny_text_model, tmp_path):
+    return Path(shutil.copytree(tiny_text_model, tmp_path / "base"))
+
+
+def edit(path, part=None, **changes):
+    values = json.loads(path.read_text()) if path.exists() else {}
+    (values.setdefault(part, {}) if part else values).update(changes)
+    path.write_text(json.dumps(values))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def convert(base, dtype):
+    path = base / "model.safetensors"
+    save_file({name: w.to(dtype) for name, w in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def quantize(base):
+    edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def only_a_pickle(base):
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+
+
+AUTO = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+REMOTE = {"AutoConfig": "someone/else--evil.Evil"}
+REFUSED = {
+    "a model of its own": (
+        lambda b: edit(b / "config.json", model_type="evil", auto_map=AUTO),
+        "names code to run (config.json: auto_map)",
+    ),
+    "code of another repository": (
+        lambda b: edit(b / "config.json", auto_map=REMOTE),
+        "names code to run (config.json: auto_map)",
+    ),
+    "code in a part": (
+        lambda b: edit(b / "config.json", "vision_config", auto_map=AUTO),
+        "names code to run (config.json: auto_map)",
+    ),
+    "a kernel to download": (
+        lambda b: edit(b / "config.json", attn_implementation="someone/kernel"),
+        "names code to run (config.json: attn_implementation)",
+    ),
+    "a tokenizer of its own": (
+        lambda b: edit(b / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}),
+        "names code to run (tokenizer_config.json: auto_map)",
+    ),
+    "a processor of its own": (
+        lambda b: edit(b / "processor_config.json", auto_map={"AutoProcessor": "evil.Evil"}),
+        "names code to run (processor_config.json: auto_map)",
+    ),
+    "another model": (lambda b: edit(b / "config.json", model_type="llama"), 'model_type is "llama"'),
+    "no model type": (lambda b: edit(b / "config.json", model_type=None), "model_type is null"),
+    "another vision tower": (
+        lambda b: edit(b / "config.json", "vision_config", model_type="timm_wrapper"),
+        'vision_config.model_type is "timm_wrapper"',
+    ),
+    "a part that is no object": (
+        lambda b: edit(b / "config.json", text_config=3),
+        "text_config.model_type is 3",
+    ),
+    "another tokenizer": (
+        lambda b: edit(b / "tokenizer_config.json", tokenizer_class="RagTokenizer"),
+        'another tokenizer than Gemma\'s (tokenizer_config.json: "RagTokenizer")',
+    ),
+    "quantized": (quantize, "is quantized already; use the unquantized model"),
+    "in 8 bits": (lambda b: convert(b, torch.int8), "has weights in I8 ("),
+    "in fp64": (lambda b: convert(b, torch.float64), "has weights in F64 ("),
+    "only a pickle": (only_a_pickle, "is not a complete model folder (model.safetensors missing)"),
+    "an adapter on it": (lambda b: edit(b / "adapter_config.json"), "has an adapter_config.json beside"),
+    "config cut": (lambda b: cut(b / "config.json"), "is damaged (config.json: "),
+    "config no object": (lambda b: (b / "config.json").write_text("[]"), "(config.json: no JSON object)"),
+    "config too deep": (
+        lambda b: (b / "config.json").write_text('{"a":' * 10**5),
+        "is damaged (config.json: ",
+    ),
+    "generation config cut": (lambda b: cut(b / "generation_config.json"), "(generation_config.json: "),
+    "weights cut": (lambda b: cut(b / "model.safetensors"), "is damaged (model.safetensors: "),
+    "weights a page": (lambda b: (b / "model.safetensors").write_text("<html>"), "(model.safetensors: "),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_base_that_is_no_whole_gemma_3_is_refused_in_one_line(base, what):
+    gemma_folder.check(base, base, CURE)
+    change, message = REFUSED[what]
+    change(base)
+    with pytest.raises(UserError) as error:
+        gemma_folder.check(base, base, CURE)
+    assert str(error.value).startswith(f"{base} ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "; " in str(error.value)
+
+
+def test_values_that_run_nothing_are_let_through(base):
+    edit(base / "config.json", attn_implementation="sdpa", auto_map={}, _attn_implementation=None)
+    gemma_folder.check(base, base, CURE)
+    edit(base / "config.json", "rope_parameters", nested='{"a":' * 900)
+    gemma_folder.check(base, base, CURE)
+
+
+def test_a_tokenizer_that_is_cut_short_is_one_line(base):
+    cut(base / "tokenizer.json")
+    with pytest.raises(UserError, match=r"base cannot be loaded as a model \(.*\); rename it and download"):
+        gemma_tokenizer.load_tokenizer(base)
+
+
+def test_every_auto_class_is_told_to_run_no_code():
+    calls = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tuner/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name.endswith((".from_pretrained", ".from_config")) and not name.startswith("PeftModel."):
+                calls.append((path.name, name, {k.arg: ast.unparse(k.value) for k in node.keywords}))
+    assert len(calls) >= 5
+    assert [call for call in calls if call[2].get("trust_remote_code") != "False"] == []
+
+
+SCRIPTS = {
+    "compare": (compare.main, ["--adapter", "a"], 2),
+    "merge": (merge.main, ["--adapter", "a", "--output", "out"], 1),
+    "serve": (serve.main, ["--adapter", "a", "--port", 0], 1),
+    "serve a model": (serve.main, ["--model", "a/base", "--port", 0], 1),
+    "train": (train_qlora.main, ["--rehearse", "--model", "a/base"], 1),
+    "check": (check.main, ["--offline", "--model", "a/base"], 1),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_runs_code_of_a_strangers_base_or_asks_whether_to(
+    adapter, tiny_text_model, few_rows, tmp_path, monkeypatch, script
+):
+    folder = shutil.copytree(adapter, tmp_path / "a")
+    edit(folder / "adapter_config.json", base_model_name_or_path="a/base")
+    base = Path(shutil.copytree(tiny_text_model, folder / "base"))
+    edit(base / "config.json", model_type="evil", auto_map=AUTO)
+    (base / "evil.py").write_text(CODE.format(str(tmp_path / "ran")))
+    for name in ("examples.json", "heldout.json"):
+        shutil.copyfile(few_rows, tmp_path / name)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 10))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    main, flags, expected = SCRIPTS[script]
+    code, _, errors = run_main(main, *flags, folder=tmp_path, error_code=2 if main is compare.main else 1)
+    assert sys.stdin.tell() == 0, "asked"
+    assert not (tmp_path / "ran").exists()
+    assert code == expected
+    assert len(errors.splitlines()) == 1
+    assert "a/base names code to run (config.json: auto_map), which is never done here; " in errors

@@ -1,0 +1,129 @@
+"""Look into a model folder before transformers does: a whole Gemma 3, and nothing in it that runs."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from tuner.model import folders
+from tuner.system.console import printable
+from tuner.system.errors import UserError
+from tuner.system.scripts import is_out_of_memory
+
+# The model_type of config.json and of the parts in it; None: transformers knows that one by itself.
+TYPES = {"": ("gemma3", "gemma3_text"), "text_config": (None, "gemma3_text")}
+TYPES |= {"vision_config": (None, "siglip_vision_model")}
+TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+# Small JSON files that transformers reads, or that go along into a merged model for others to read.
+JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+JSON_FILES += ("added_tokens.json", "processor_config.json", "preprocessor_config.json")
+# What has transformers 5.20 import a file of the folder or download a kernel, and the values that do not.
+RUN = {"auto_map": (), "custom_pipelines": (), "custom_generate": ()}
+RUN |= dict.fromkeys(("attn_implementation", "_attn_implementation"), ("eager", "sdpa"))
+RUN |= dict.fromkeys(("experts_implementation", "_experts_implementation"), ("eager",))
+DTYPES = ("BF16", "F16", "F32")
+DOWNLOAD_AGAIN = "rename it and download it again"
+UNQUANTIZED = "use the unquantized model, in bf16, fp16 or fp32"
+
+
+def check(folder, name, cure):
+    """Raise UserError unless a folder holds a whole Gemma 3; read JSON and the headers of weights only.
+
+    name: what the folder is called in messages; cure: of what another folder, or none, would cure.
+    """
+    if missing := folders.missing_files(folder):
+        raise UserError(f"{name} is not a complete model folder ({missing[0]} missing); {cure}")
+    if Path(folder, "adapter_config.json").exists():  # transformers would put that adapter on the model
+        raise UserError(f"{name} has an adapter_config.json beside the model; move the adapter out")
+    check_json(folder, name, cure)
+    for path in folders.weight_files(folder):
+        for tensor, dtype in dtypes(path, name).items():
+            if dtype not in DTYPES:
+                raise UserError(f"{name} has weights in {dtype} ({printable(tensor)}); {UNQUANTIZED}")
+
+
+def check_json(folder, name, cure):
+    """Raise UserError if one of the folder's JSON_FILES is damaged, not Gemma 3's, or names code to run."""
+    for file in JSON_FILES:
+        path = Path(folder, file)
+        if not path.exists():
+            continue
+        values = read_json(path, name)
+        if key := runs(values):
+            raise UserError(f"{name} names code to run ({file}: {key}), which is never done here; {cure}")
+        if file == "config.json":
+            check_config(values, name, cure)
+        tokenizer = values.get("tokenizer_class")
+        if tokenizer not in (None, *TOKENIZERS):
+            raise UserError(f"{name} has another tokenizer than Gemma's ({file}: {shown(tokenizer)}); {cure}")
+
+
+def check_config(config, name, cure):
+    """Raise UserError unless config.json, as a dict, is of an unquantized Gemma 3."""
+    for part, types in TYPES.items():
+        values = config.get(part) or {} if part else config
+        model_type = values.get("model_type") if isinstance(values, dict) else values
+        if model_type not in types:
+            key = f"{part}.model_type".lstrip(".")
+            raise UserError(f"{name} is not a Gemma 3 (config.json: {key} is {shown(model_type)}); {cure}")
+    if config.get("quantization_config"):
+        raise UserError(f"{name} is quantized already; {UNQUANTIZED}")
+
+
+def read_json(path, name):
+    """Return the object in a JSON file of the folder called `name`; raise UserError if there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(name, path.name, error) from error
+    return values
+
+
+def dtypes(path, name):
+    """Return {tensor: its dtype, such as BF16} of a safetensors file; raise UserError if it is damaged."""
+    try:
+        with safe_open(path, "np") as file:
+            names = file.keys()
+            return {tensor: file.get_slice(tensor).get_dtype() for tensor in names}
+    except (OSError, SafetensorError) as error:
+        raise damaged(name, path.name, error) from error
+
+
+def damaged(name, file, error):
+    return UserError(f"{name} is damaged ({file}: {printable(str(error))}); {DOWNLOAD_AGAIN}")
+
+
+def runs(values):
+    """Return a key of JSON values, at any depth, that has transformers run what it names, or None."""
+    left = [values]
+    while left:
+        value = left.pop()
+        pairs = value.items() if isinstance(value, dict) else [(None, item) for item in value]
+        for key, item in pairs:
+            if key in RUN and item and item not in RUN[key]:
+                return key
+            if isinstance(item, dict | list):
+                left.append(item)
+    return None
+
+
+def shown(value):
+    return printable(json.dumps(value, ensure_ascii=False), 40)
+
+
+@contextmanager
+def explained(name):
+    """Raise whatever a library raises in the body about the files of the folder `name` as a UserError.
+
+    A file may say anything, and transformers answers with any exception; full memory keeps its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        reason = printable(f"{type(error).__name__}: {error}", 100)
+        raise UserError(f"{name} cannot be loaded as a model ({reason}); {DOWNLOAD_AGAIN}") from error
