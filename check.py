@@ -19,7 +19,7 @@ from typing import NamedTuple
 from train_qlora import DATA_PATH, RECIPE, preprocess_function
 from tuner.data import chat_rows, chat_text, label_page, labels, row_warnings
 from tuner.data.splitting import epoch_batches, split_rows, warmup_steps
-from tuner.inference.probes import HELD_OUT, PROBES
+from tuner.inference.probes import HELD_OUT, PROBES, expected_answers
 from tuner.model import hub, locate
 from tuner.model.access import check_model, find_tokenizer, is_downloadable
 from tuner.system import console, hardware
@@ -82,11 +82,16 @@ def main():
 
 
 def read_held_out(data_path):
-    """Return the held-out rows, [(line, row), …]; none if they are the very rows that are checked."""
+    """Return the held-out rows, [(line, row), …]; none if they are the very rows that are checked.
+
+    Raise UserError that lists those that compare.py cannot judge by.
+    """
     path = Path(HELD_OUT)
-    if path.exists() and path.resolve() != Path(data_path).resolve():
-        return chat_rows.read_rows(HELD_OUT)
-    return []
+    if not path.exists() or path.resolve() == Path(data_path).resolve():
+        return []
+    rows = chat_rows.read_rows(HELD_OUT)
+    expected_answers(HELD_OUT, rows)
+    return rows
 
 
 def show_warnings(path, rows, warnings):

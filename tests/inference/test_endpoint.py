@@ -204,6 +204,19 @@ def test_every_function_that_the_rows_call_is_declared(serve, tmp_path):
     assert report["rows"]["endpoint"]["right"] == 1
 
 
+def test_a_row_of_two_calls_is_right_if_both_come_in_any_order(serve, tmp_path):
+    calls = (("get_rate", '{"of": "USD"}'), (NAME, "{}"))
+    messages = [{"role": "user", "content": "Баланс и доллар?"}]
+    answer = "\n".join(tool_call.format_call(*call) for call in calls)
+    row = {"messages": [*messages, {"role": "assistant", "content": answer}]}
+    (tmp_path / "rows.json").write_text(json.dumps(row))
+    for says in (calls, calls[::-1]):
+        server = serve(lambda b, says=says: calling(*says) if b["messages"] == messages else like_vllm(b))
+        assert run(server.url, "--data", f"{tmp_path}/rows.json", "--json", f"{tmp_path}/report.json") == 0
+        report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+        assert (report["rows"]["endpoint"]["right"], report["rows"]["failing"]) == (1, [])
+
+
 def test_tools_that_are_not_taken_are_left_out_and_that_is_printed(serve, capsys):
     """What vLLM says without --enable-auto-tool-choice, in its words."""
     says = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'

@@ -54,7 +54,7 @@ def test_a_general_answer_counts_without_a_trace_of_a_call(text, ended, kind):
 
 
 def test_arguments_are_equal_as_json():
-    expected = tool_call.Call("f", {"a": 1, "b": [True, None]}, ())
+    expected = probes.Expected([tool_call.Call("f", {"a": 1, "b": [True, None]}, ())])
     same = """<tool_call name='f' arguments='{"b": [true, null], "a": 1}'/>"""
     assert judging.judge(answer(same), expected)[0] == "right"
     for other in ('{"a": 1}', '{"a": true, "b": [true, null]}', '{"a": "1", "b": [true, null]}'):
@@ -101,8 +101,71 @@ def test_no_probe_stands_in_the_rows():
     assert not {chat_text.normalize(prompt) for prompt, _ in PROBES} & prompts
 
 
-def test_a_row_with_a_malformed_call_is_an_error_with_its_line():
-    for text in ("<tool_call name='f'/>", f"Секунду.\n{CALL}", CALL + CALL):
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
-        with pytest.raises(UserError, match=r"^rows\.json:7: malformed call \(.+\); fix it$"):
-            probes.expected_call("rows.json", 7, messages)
+RATE = tool_call.format_call("get_rate", {"currency": "USD"})
+BROKEN = {  # a held-out row's answer, and what is wrong with it
+    "<tool_call name='f'/>": "no arguments",
+    f"{CALL}\n<tool_call name='f' arguments='5'/>": tool_call.NO_OBJECT,
+    f"Секунду. <tool_call {CALL}": tool_call.INCOMPLETE,
+    f"<tool_call name='f' {CALL} arguments='{{}}'/>": tool_call.INCOMPLETE,
+    f"{CALL}</tool_call>": "a broken tag beside the call",
+}
+
+
+def rows_of(*answers):
+    user = {"role": "user", "content": "?"}
+    return [
+        (line, {"messages": [user, {"role": "assistant", "content": text}]})
+        for line, text in enumerate(answers, 1)
+    ]
+
+
+def test_rows_with_malformed_calls_are_all_listed_with_their_lines():
+    with pytest.raises(UserError) as error:
+        probes.expected_answers("rows.json", rows_of("Да.", *BROKEN, CALL))
+    lines = [
+        f"rows.json:{n}: malformed call ({reason}); fix it" for n, reason in enumerate(BROKEN.values(), 2)
+    ]
+    assert str(error.value).splitlines() == lines
+
+
+ANSWERS = [CALL, f"{CALL}\n{RATE}", f"{RATE} {CALL}", f"Секунду.\n{CALL}", f"{CALL} {CALL}\nСейчас.", "Да.\n"]
+JUDGED = {  # an answer: the rows that it is right for
+    CALL: [0, 3],
+    f"{CALL}{RATE}": [1, 2],
+    f"{RATE}\n{CALL}": [1, 2],
+    f"Да: {CALL}": [3],
+    f"Да: {RATE} {CALL}": [],
+    f"{CALL} {RATE} {CALL}": [],
+    f"{CALL}\n{tool_call.format_call('get_rate', {})}": [],
+    f"{CALL}\n{CALL}": [4],
+    f"{CALL}, {CALL}": [4],
+    f"{CALL}<tool_call": [],
+    "Да, вот tool_call": [],
+    "Нет.": [5],
+}
+
+
+@pytest.mark.parametrize("text", JUDGED)
+def test_calls_count_in_any_order_and_words_beside_them_where_the_row_has_words(text):
+    expected = probes.expected_answers("rows.json", rows_of(*ANSWERS))
+    kinds = [judging.judge(answer(text), one)[0] for one in expected]
+    assert [number for number, kind in enumerate(kinds) if kind == "right"] == JUDGED[text]
+    assert all(judging.judge(answer(text, False), one)[0] != "right" for one in expected)
+
+
+def test_every_row_is_right_for_its_own_answer():
+    expected = probes.expected_answers("rows.json", rows_of(*ANSWERS))
+    for text, one in zip(ANSWERS, expected, strict=True):
+        assert judging.judge(answer(text), one) == ("right", None)
+
+
+def test_the_reason_of_a_wrong_answer_to_a_row_of_several_calls_is_said():
+    (expected,) = probes.expected_answers("rows.json", rows_of(f"{CALL}\n{RATE}"))
+    reasons = {
+        CALL: "calls get_sensitive_data, not get_rate, get_sensitive_data",
+        f"{RATE}{RATE}": "calls get_rate, get_rate, not get_rate, get_sensitive_data",
+        f"{CALL}{RATE.replace('USD', 'EUR')}": "arguments differ from the expected ones",
+        f"Да. {CALL}{RATE}": "text around the call",
+    }
+    for text, reason in reasons.items():
+        assert judging.judge(answer(text), expected) == ("malformed", reason)

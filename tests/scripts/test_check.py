@@ -48,6 +48,18 @@ def test_the_plan_is_what_training_does(tokenizer):
     assert plan.workload.trained == sum(trained for _, trained in counts)
 
 
+def test_held_out_rows_that_compare_cannot_judge_by_are_all_listed(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(row("а", "Да.")))
+    texts = [CALL, "<tool_call name='f'/>", f"{CALL}<tool_call", f"Да. {CALL}{CALL}"]
+    (tmp_path / "heldout.json").write_text("\n".join(json.dumps(row("б", text)) for text in texts))
+    code, _, error = run_main(check.main, "--data", "rows.json", "--offline", folder=tmp_path)
+    assert code == 1
+    assert error == (
+        "heldout.json:2: malformed call (no arguments); fix it\n"
+        "heldout.json:3: malformed call (the tag is not closed); fix it\n"
+    )
+
+
 def test_what_is_likely_wrong_about_a_plan_is_a_warning():
     few = [(i, row(f"а{i}", CALL)) for i in range(4)]
     no_validation, few_steps = check.warn_of_plan(check.plan_run(few, [(10, 5)] * 4))

@@ -5,7 +5,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from tuner.data import tool_call
-from tuner.inference.probes import PROBES
+from tuner.inference.probes import PROBES, read_calls
 from tuner.system.console import printable
 
 MAX_NEW_TOKENS = 80  # of an answer that is judged; one that needs more is truncated
@@ -19,10 +19,10 @@ class Answer(NamedTuple):
 
 
 def judge(answer, expected):
-    """Return (kind, reason) of an Answer where `expected` is a tool_call.Call, or None for plain text.
+    """Return (kind, reason) of an Answer where `expected` is a probes.Expected, or None for plain text.
 
     Kinds where a call is needed: "right", "missed" (no trace of a call), "malformed" (a trace, and not the
-    one call expected); where text is: "right", "false" (a trace of a call), "unfit" (empty, truncated).
+    calls expected); where text is: "right", "false" (a trace of a call), "unfit" (empty, truncated).
     """
     truncated = None if answer.ended else f"truncated at {MAX_NEW_TOKENS} tokens"
     traced = tool_call.looks_like_call(answer.text)
@@ -34,14 +34,37 @@ def judge(answer, expected):
         return "right", None
     if not traced:
         return "missed", "no call"
-    call, reason = tool_call.parse(answer.text)
-    if call is None or truncated:
-        return "malformed", reason or truncated
-    if call.name != expected.name:
-        return "malformed", f"calls {printable(call.name)}, not {expected.name}"
-    if json.dumps(call.arguments, sort_keys=True) != json.dumps(expected.arguments, sort_keys=True):
-        return "malformed", "arguments differ from the expected ones"
-    return "right", None
+    try:
+        reason = difference(*read_calls(answer.text), expected) or truncated
+    except ValueError as error:
+        reason = str(error)
+    return ("malformed", reason) if reason else ("right", None)
+
+
+def difference(calls, words, expected):
+    """Return in what an answer's calls, in any order, and words (read_calls) differ from a probes.Expected.
+
+    None: in nothing.
+    """
+
+    def names(calls):
+        return sorted(call.name for call in calls)
+
+    def contents(calls):
+        return sorted((call.name, json.dumps(call.arguments, sort_keys=True)) for call in calls)
+
+    if not calls:
+        return "no call"
+    if len(calls) > len(expected.calls) == 1:
+        return "several calls"
+    if words and not expected.words:
+        return "text around the call"
+    if names(calls) != names(expected.calls):
+        made, due = (printable(", ".join(names(c)), 100) for c in (calls, expected.calls))
+        return f"calls {made}, not {due}"
+    if contents(calls) != contents(expected.calls):
+        return "arguments differ from the expected ones"
+    return None
 
 
 def judge_all(questions, answers, seen):
@@ -52,7 +75,7 @@ def judge_all(questions, answers, seen):
     """
     judged = list(answers)[-1]
     verdicts = {
-        name: [judge(answer, call) for answer, call in zip(model_answers, questions.expected, strict=True)]
+        name: [judge(answer, need) for answer, need in zip(model_answers, questions.expected, strict=True)]
         for name, model_answers in answers.items()
     }
     probes = []

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tuner.data import chat_rows, chat_text, tool_call
+from tuner.data import chat_rows, tool_call
 from tuner.system.errors import rows_error
 
 HELD_OUT = "heldout.json"
@@ -15,7 +15,16 @@ PROBES = [
     ("Что такое кредитный лимит?", False),
     ("Добрый день, как настроение?", False),
 ]
-CALL = tool_call.Call("get_sensitive_data", {}, ())
+
+
+class Expected(NamedTuple):
+    """The calls that an answer must make, in any order; where plain text is expected stands None."""
+
+    calls: list  # of tool_call.Calls, one or more
+    words: bool = False  # whether there may be words beside the calls, as in the row itself
+
+
+CALL = Expected([tool_call.Call("get_sensitive_data", {}, ())])
 
 
 class Questions(NamedTuple):
@@ -24,7 +33,7 @@ class Questions(NamedTuple):
     data: str  # the path of the rows
     lines: list  # of that file, one for each row
     conversations: list  # each a list of messages that ends where the assistant is to answer
-    expected: list  # a tool_call.Call, or None for plain text
+    expected: list  # an Expected, or None for plain text
 
     @property
     def sources(self):
@@ -41,16 +50,39 @@ def load_questions(data):
         lines=[line for line, _ in rows],
         conversations=[[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
         + [row["messages"][:-1] for _, row in rows],
-        expected=[CALL if needs_call else None for _, needs_call in PROBES]
-        + [expected_call(data, line, row["messages"]) for line, row in rows],
+        expected=[CALL if needs_call else None for _, needs_call in PROBES] + expected_answers(data, rows),
     )
 
 
-def expected_call(path, line, messages):
-    """Return the call that a row's last answer is, None if it is text; UserError for a malformed call."""
-    if not chat_text.is_call(messages):
-        return None
-    call, reason = tool_call.parse(messages[-1]["content"].strip())
-    if call is None:
-        raise rows_error(path, [(line, f"malformed call ({reason}); fix it")])
-    return call
+def expected_answers(path, rows):
+    """Return what the last answer of each row, [(line, row), …], is: an Expected, or None for plain text.
+
+    Raise UserError that lists every row whose answer holds a malformed call.
+    """
+    expected, faults = [], []
+    for line, row in rows:
+        try:
+            calls, words = read_calls(row["messages"][-1]["content"].strip())
+            expected.append(Expected(calls, words) if calls else None)
+        except ValueError as error:
+            faults.append((line, f"malformed call ({error}); fix it"))
+    if faults:
+        raise rows_error(path, faults)
+    return expected
+
+
+def read_calls(text):
+    """Return (calls, words): the tool_call.Calls in a text, and whether there is more than blanks between.
+
+    Raise ValueError with the reason if any call in the text is malformed.
+    """
+    parts, _ = tool_call.split_text(text)
+    calls = [part for part in parts if isinstance(part, tool_call.Call)]
+    others = [part for part in parts if isinstance(part, str)]
+    for part in others:
+        opening = tool_call.OPENING.search(part)
+        if opening:
+            raise ValueError(tool_call.parse(part)[1] or "it is not closed")
+        if calls and tool_call.looks_like_call(part):
+            raise ValueError("a broken tag beside the call")
+    return calls, text != text.strip() or any(part.strip() for part in others)
