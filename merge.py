@@ -23,8 +23,8 @@ INTERRUPTED = "stopped; no merged model was written"
 OUT_OF_MEMORY = "close what else runs on the GPU (nvidia-smi); no merged model was written"
 # The base's files that are copied as they are; the weights are written, not copied.
 COPIED = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "processor_config.json", "preprocessor_config.json", "LICENSE*", "*TERMS*", "NOTICE*",
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+    "LICENSE*", "*TERMS*", "NOTICE*",
 )  # fmt: skip
 # Section 3.1 of Gemma's terms asks for this sentence in a file of this name.
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
@@ -61,6 +61,7 @@ def copy_files(base, merged):
     for path in sorted(Path(base).iterdir()):
         if path.is_file() and any(path.match(pattern) for pattern in COPIED):
             shutil.copyfile(path, merged / path.name)
+    folders.copy_tokenizer(base, merged)
     if not (merged / "NOTICE").exists():
         (merged / "NOTICE").write_text(NOTICE, encoding="utf-8")
 

@@ -21,7 +21,8 @@ from tuner.data import chat_rows, chat_text
 from tuner.data.splitting import epoch_batches, split_rows
 from tuner.model import folders, locate
 from tuner.system import hardware, libraries
-from tuner.system.console import ignore_broken_pipes, is_main_process, print_main
+from tuner.system.console import ignore_broken_pipes, is_main_process, print_main, printable
+from tuner.system.errors import UserError
 from tuner.system.scripts import run_script
 from tuner.system.signals import stop_requests
 from tuner.training import adapter_folder, checkpoints, memory_plan, resuming
@@ -69,24 +70,25 @@ REHEARSAL_LEARNING_RATE = 1e-3  # 270M parameters want larger steps; measured, F
 
 
 def load_data(data_path):
-    """Return the rows of a Chat Messages JSON file, in order, each {"messages": [{role, content}, …]}.
+    """Return the chat_rows.Rows of a Chat Messages JSON file, in order: {"messages": [{role, content}, …]}.
 
-    Content is text; calls and their results become text too (chat_rows.validate_and_render). Raise UserError
-    that lists every row in error as `file:line: what is wrong; what to do`.
+    Content is text; calls become text too (chat_rows.validate_and_render). Raise UserError that lists every
+    row in error as `file:line: what is wrong; what to do`.
     """
-    return [row for _, row in chat_rows.read_rows(data_path)]
+    return chat_rows.load(data_path)
 
 
 def preprocess_function(examples, tokenizer):
     """Turn a batch {"messages": [row, …]} into lists input_ids, attention_mask, labels, not padded.
 
-    A label is its token where the assistant speaks, `<end_of_turn>` included, and −100 elsewhere. Where the
-    assistant begins to speak is where the template's own generation prompt ends.
+    A label is its token where the assistant speaks, `<end_of_turn>` included, and −100 elsewhere and in
+    turns of weight 0. Where the assistant begins to speak is where the template's own generation prompt ends.
+    Raise UserError where that is no prefix of the row.
     """
     end_of_turn = tokenizer.convert_tokens_to_ids(chat_text.END_OF_TURN)
     texts, spans = [], []  # of each row: its text, then the prompt of each of its answers
     for messages in examples["messages"]:
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [i for i, message in enumerate(messages) if chat_text.is_trained(message)]
         spans.append((len(texts), len(texts) + 1 + len(answers)))
         texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
         for i in answers:
@@ -101,7 +103,10 @@ def preprocess_function(examples, tokenizer):
         labels = [-100] * len(input_ids)
         for prompt in prompts:
             begin = len(prompt)
-            assert input_ids[:begin] == prompt, "the generation prompt is no prefix of the row's tokens"
+            if input_ids[:begin] != prompt:
+                raise UserError(
+                    "the chat template's generation prompt is no prefix of the row; use Gemma 3's own"
+                )
             stop = input_ids.index(end_of_turn, begin) + 1
             labels[begin:stop] = input_ids[begin:stop]
         assert input_ids.count(tokenizer.bos_token_id) == 1, "a row has exactly one <bos>"
@@ -291,6 +296,8 @@ def compare_command(output, bits):
 def report_rows(path, rows, validation):
     calls = sum(chat_text.has_call(row["messages"]) for row in rows)
     print_main(f"rows       {len(rows)} of {path}: {calls} with a call, {len(rows) - calls} without")
+    if rows.ignored_keys:
+        print_main(f"ignored    keys: {printable(', '.join(rows.ignored_keys), 200)}")
     for mark, text in hardware.check_host_memory():
         if mark == "✗":
             print_main(f"warning    {text}")

@@ -93,7 +93,9 @@ def is_accepted(path, data):
         return False
     text = data.decode("utf-8-sig").strip(" \t\r\n")
     array = text if text[0] == "[" else "[" + re.sub(r"\n[ \t\r\n]*", ",", text) + "]"
-    assert rows == [plain(row) for row in json.loads(array)] == loaded(path, json.dumps(rows).encode())
+    assert rows == [plain(row) for row in json.loads(array)]
+    if not any(message["role"] == "tool" for row in rows for message in row["messages"]):
+        assert rows == loaded(path, json.dumps(rows).encode()), "a row of text is read as it stands"
     return True
 
 

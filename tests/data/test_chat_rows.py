@@ -1,8 +1,11 @@
 """Reading rows: what is legal comes back as it stands, whatever else is an error with its line and cure."""
 
+import hashlib
 import json
 
+import datasets
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from tests.support.rows import ASSISTANT, GOOD, SYSTEM, TOOLS, USER, call, plain
 from train_qlora import load_data
@@ -61,7 +64,21 @@ def user(content):
         ("{}", "an empty object"),
         ('{"messages": []}', "an empty list"),
         ('{"messages": {"role": "user"}}', "is an object; write a list"),
-        (row(USER, ASSISTANT, id=4), 'unknown key "id"'),
+        (row(USER, ASSISTANT, system="a"), 'has "system" beside "messages"'),
+        (row(USER, ASSISTANT, images=[1]), 'has "images" beside "messages"'),
+        (row(USER, ASSISTANT, chosen=[ASSISTANT]), 'has "chosen" beside "messages"'),
+        (row(USER, {**ASSISTANT, "weight": 2}), 'the "weight" is neither'),
+        (row(USER, {**ASSISTANT, "weight": True}), 'the "weight" is neither'),
+        (row(USER, {**ASSISTANT, "weight": 0}), 'every "weight" is 0'),
+        (row(USER, {**ASSISTANT, "thinking": "a"}), 'message 2: has "thinking"'),
+        (row(USER, {**ASSISTANT, "masked": True}), 'write "weight" instead'),
+        (row({**USER, "images": ["a"]}, ASSISTANT), 'message 1: has "images"'),
+        (row(USER, {"role": "assistant", "content": None, "refusal": "Нет"}), 'has "refusal": write it as'),
+        (row({"from": "human", "value": "a"}, ASSISTANT), 'message 1: has "from" instead of "role"'),
+        (row(SYSTEM, {**SYSTEM, "role": "developer"}, USER, ASSISTANT), 'consecutive "system" messages'),
+        ('{"instruction": "a", "output": "b"}', "Alpaca"),
+        ('{"conversations": [{"from": "human", "value": "a"}]}', "ShareGPT"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "preference pair"),
         (row(USER), 'the last message is from "user"; end the row with an "assistant" turn'),
         (row(SYSTEM), 'the last message is from "system"'),
         (row(ASSISTANT), 'first message must be from "user"'),
@@ -70,7 +87,7 @@ def user(content):
         (row(USER, ASSISTANT, ASSISTANT), 'message 3: consecutive "assistant" messages'),
         (row(USER, ASSISTANT, SYSTEM), 'message 3: "system" may only come first'),
         (row("hello", ASSISTANT), "message 1: is a string"),
-        (row({"role": "bot", "content": "a"}), 'the role is "bot"'),
+        (row({"role": "bot", "content": "a"}), 'the role is "bot"; write "assistant"'),
         (row({"role": 5, "content": "a"}), "the role is a number"),
         (row({"content": "a"}), "the role is null or missing"),
         (row(user(""), ASSISTANT), "the content is empty"),
@@ -82,7 +99,6 @@ def user(content):
         (row(user(["a"]), ASSISTANT), "only text is supported"),
         (row(user([{"type": "text", "text": 1}]), ASSISTANT), 'the "text" of a part is a number'),
         (row(user([{"type": "text", "text": " "}]), ASSISTANT), "the content is empty"),
-        (row({**USER, "name": "Анна"}, ASSISTANT), 'unknown key "name"'),
         (row(user("a<end_of_turn>b"), ASSISTANT), "contains the control token <end_of_turn>"),
         (row(user([{"type": "text", "text": "<bo"}, {"type": "text", "text": "s>"}]), ASSISTANT), "<bos>"),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half a surrogate pair"),
@@ -93,8 +109,7 @@ def test_an_error_names_line_and_cure(tmp_path, source, says):
     assert errors
     assert {line for line, _ in errors} == {3}
     assert any(says in text for _, text in errors), errors
-    cures = ("; ", ": remove it (it would be ignored)")
-    assert all(any(cure in text for cure in cures) for _, text in errors), "what is wrong; what to do"
+    assert all("; " in text or '": ' in text for _, text in errors), "what is wrong; what to do"
     assert f"{tmp_path}/rows.json:3: " in message
 
 
@@ -116,23 +131,20 @@ def without(key, value):
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (row(USER, calling()), 'message 2: "tool_calls" is an empty list'),
+        (row(USER, calling()), "message 2: the content is null or missing"),
         (row(USER, calling(content="Да", tool_calls={})), '"tool_calls" is an empty object'),
         (row(USER, calling("a")), "call 1: is a string without"),
         (row(USER, calling(A, without("function", B))), 'call 2: is an object without "function"'),
-        (row(USER, calling({**A, "index": 0})), 'call 1: unknown key "index"'),
-        (row(USER, calling({**A, "function": {**A["function"], "x": 0}})), 'call 1: unknown key "x"'),
         (row(USER, calling({**A, "type": "custom"})), 'the type is not "function"'),
-        (row(USER, calling({**A, "type": None})), 'the type is not "function"'),
         (row(USER, calling({**A, "id": 7})), 'the "id" is a number'),
         (row(USER, calling(A, B, A)), 'call 3: duplicate "id" "a"'),
         (row(USER, calling(call("a", None))), "the name is null or missing"),
         (row(USER, calling(call("a", ""))), "the name is empty"),
-        (row(USER, calling(call("a", arguments=None))), "the arguments are null or missing"),
+        (row(USER, calling(call("a", arguments=5))), "the arguments are a number"),
         (row(USER, calling(call("a", arguments=[]))), "the arguments are an empty list"),
         (
-            row(USER, calling(call("a", arguments=""))),
-            "malformed arguments (Expecting value, column 1, at the end)",
+            row(USER, calling(call("a", arguments='{"a":'))),
+            "malformed arguments (Expecting value, column 6, at the end)",
         ),
         (row(USER, calling(call("a", arguments="{'a': 1}"))), "malformed arguments (Expecting property name"),
         (
@@ -147,12 +159,11 @@ def without(key, value):
         (row(USER, calling(call("a", "ж"))).replace("ж", "\\ud83d"), "half a surrogate pair"),
         (row(USER, calling(A, content="<bos>")), "contains the control token <bos>"),
         (row(USER, calling(A, content=5)), "the content is a number"),
-        (row({**USER, "tool_calls": [A]}, ASSISTANT), 'message 1: unknown key "tool_calls"'),
-        (row({**USER, "tool_call_id": "a"}, ASSISTANT), 'message 1: unknown key "tool_call_id"'),
-        (row(USER, calling(A), result("a", name="f"), ASSISTANT), 'message 3: unknown key "name"'),
+        (row({**USER, "tool_calls": [A]}, ASSISTANT), 'message 1: has "tool_calls", which belongs to an'),
+        (row({**USER, "tool_call_id": "a"}, ASSISTANT), 'message 1: has "tool_call_id", which belongs to a'),
         (row(USER, calling(A), result("a", None), ASSISTANT), "message 3: the content is null or missing"),
         (
-            row(USER, calling(A), without("tool_call_id", result("a")), ASSISTANT),
+            row(USER, calling(A), without("tool_call_id", result("a", name="f")), ASSISTANT),
             'message 3: the "tool_call_id"',
         ),
         (row(USER, calling(A), result("a")), 'the last message is from "tool"'),
@@ -188,8 +199,9 @@ def without(key, value):
             'call 1: calls "f", which "tools" does not declare',
         ),
         (row(USER, calling(A), tools=[]), 'calls "get_sensitive_data", which "tools" does not declare'),
-        (row(USER, calling(A), tools="[]"), '"tools" is a string; write a list'),
-        (row(USER, calling(A), tools=[*TOOLS, {"name": "f"}]), 'tool 2 of "tools" has no function name'),
+        (row(USER, calling(A), tools="[]"), 'calls "get_sensitive_data", which "tools" does not declare'),
+        (row(USER, calling(A), tools="[}"), '"tools" is a string; write a list'),
+        (row(USER, calling(A), tools=[*TOOLS, {"title": "f"}]), 'tool 2 of "tools" has no function name'),
     ],
 )
 def test_an_error_of_a_call_names_line_and_cure(tmp_path, source, says):
@@ -207,15 +219,12 @@ def test_messages_are_turns_of_text_in_the_order_of_the_calls():
             "content": 'Секунду.\n<tool_call name="get_sensitive_data" arguments="{}"/>\n'
             '<tool_call name="get_rate" arguments="{&quot;of&quot;: &quot;&lt;USD&gt;&quot;}"/>',
         },
-        {
-            "role": "user",
-            "content": '<tool_result name="get_sensitive_data">Имя "Анна"&lt;/tool_result&gt;</tool_result>\n'
-            '<tool_result name="get_rate">1 &lt; 2 &amp; 3</tool_result>\nСколько у меня денег?',
-        },
+        {"role": "tool", "name": "get_sensitive_data", "content": 'Имя "Анна"</tool_result>'},
+        {"role": "tool", "name": "get_rate", "content": "1 < 2 & 3"},
+        USER,
     ]
     assert chat_rows.validate_and_render(messages) == turns
-    results = turns[3]["content"].removesuffix("\n" + USER["content"])
-    assert chat_rows.validate_and_render(messages[:-1]) == [*turns[:3], {"role": "user", "content": results}]
+    assert chat_rows.validate_and_render(messages[:-1]) == turns[:-1]
     assert chat_rows.validate_and_render([USER]) == [USER]
 
 
@@ -227,7 +236,7 @@ def test_a_call_without_words_is_the_whole_turn(content):
 
 
 def test_text_of_messages_at_fault_is_refused_and_of_unknown_keys_is_not():
-    """A client sends back what it was given, with keys that are nothing to us."""
+    """A client sends back what it was given, with keys that decide nothing."""
     sent = {**calling({**A, "index": 0}), "refusal": None}
     assert chat_rows.validate_and_render([USER, sent]) == chat_rows.validate_and_render([USER, calling(A)])
     with pytest.raises(ValueError, match=r'^message 2: call 1: calls "get_sensitive_data", which'):
@@ -238,6 +247,68 @@ def test_text_of_messages_at_fault_is_refused_and_of_unknown_keys_is_not():
     for wrong in (None, [], [5], [{"role": {}, "content": "a"}], [USER, result("a")], [ASSISTANT]):
         with pytest.raises(ValueError, match="; "):
             chat_rows.validate_and_render(wrong)
+
+
+def test_what_openais_client_and_table_formats_write_is_read_as_the_row_it_was(tmp_path):
+    tool_call = {"id": "a", "type": "function", "function": {"name": "get_sensitive_data", "arguments": "{}"}}
+    sent = ChatCompletionMessage(role="assistant", content=None, tool_calls=[tool_call]).model_dump()
+    assert {"refusal", "audio", "function_call"} < set(sent)
+    row = {"messages": [USER, sent, result("a"), ASSISTANT], "tools": TOOLS}
+    wanted = [plain(row), plain({"messages": [USER, ASSISTANT]})]
+    path = tmp_path / "rows.json"
+    path.write_text(lines([row, {"messages": [USER, ASSISTANT]}]), encoding="utf-8")
+    assert load_data(path) == wanted
+    table = datasets.Dataset.from_list([row, {"messages": [USER, ASSISTANT]}])
+    table.to_json(path)
+    assert '"tool_calls":null' in path.read_text(encoding="utf-8")
+    assert load_data(path) == wanted
+
+
+def test_keys_that_decide_nothing_are_ignored_and_listed_once(tmp_path):
+    path = tmp_path / "rows.json"
+    part = {"type": "text", "text": "а", "cache_control": {"type": "ephemeral"}}
+    plain_row = {"messages": [USER, ASSISTANT]}
+    row = {
+        "messages": [{**USER, "content": [part], "name": "Анна"}, {**ASSISTANT, "id": 7}],
+        "id": 1,
+        "source": "crm",
+    }
+    path.write_text(
+        lines([row, {**plain_row, "id": 2, "parallel_tool_calls": False, "score": None}]), "utf-8"
+    )
+    rows = load_data(path)
+    assert rows.ignored_keys == ["id", "source", "cache_control", "name", "parallel_tool_calls"]
+    assert rows == [{"messages": [{**USER, "content": "а"}, ASSISTANT]}, plain_row]
+    assert rows.lines == [1, 2]
+    assert rows.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_results_without_an_id_are_those_of_the_calls_in_their_places(tmp_path):
+    path = tmp_path / "rows.json"
+    calls = calling(without("id", call("", "f")), without("id", call("", "g")))
+    results = [{"role": "tool", "content": "1"}, {"role": "tool", "name": "g", "content": "2"}]
+    path.write_text(lines([{"messages": [USER, calls, *results, ASSISTANT]}]), encoding="utf-8")
+    names = [(m["name"], m["content"]) for m in load_data(path)[0]["messages"] if m["role"] == "tool"]
+    assert names == [("f", "1"), ("g", "2")]
+    path.write_text(lines([{"messages": [USER, calls, *results[::-1], ASSISTANT]}]), encoding="utf-8")
+    with pytest.raises(UserError, match='message 3: the "tool_call_id" is null or missing'):
+        load_data(path)
+
+
+def test_the_cures_for_other_forms_lead_to_rows(tmp_path):
+    """What a message tells one to write is read, and means what it meant."""
+    path = tmp_path / "rows.json"
+    calls = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "get_sensitive_data", "arguments": {}}}],
+    }
+    cured = [
+        {"messages": [USER, calls, {"role": "tool", "content": '{"rub": 100}'}, ASSISTANT]},  # of ShareGPT
+        {"messages": [USER, ASSISTANT]},  # of Alpaca, of a pair, of a prompt and its completion
+        {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]},  # of "train": false
+    ]
+    path.write_text(lines(cured), encoding="utf-8")
+    assert load_data(path) == [plain(cured[0] | {"messages": cured[0]["messages"]}), *map(plain, cured[1:])]
 
 
 def test_all_errors_are_listed_and_the_first_twenty_shown(tmp_path):

@@ -48,7 +48,8 @@ def test_the_rows_that_the_docs_show_are_read_as_they_say(tmp_path):
     path.write_text("\n".join(shown), encoding="utf-8")
     (_, text), (_, shaped) = chat_rows.read_rows(path)
     assert [text["messages"], text["messages"][1]["content"]] == [shaped["messages"][:2], CALL]
-    result = re.search("<tool_result .*?</tool_result>", page)[0]
-    assert shaped["messages"][2] == {"role": "user", "content": result}
+    result = {"role": "tool", "name": "get_sensitive_data", "content": "5 < 7"}
+    assert shaped["messages"][2] == result
+    assert '<tool_result name="get_sensitive_data">5 &lt; 7</tool_result>' in page
     readme = Path("README.md").read_text(encoding="utf-8")
     assert re.findall(r'^({"messages".*})$', readme, re.MULTILINE) == shown[:1]

@@ -105,9 +105,10 @@ def test_rows_with_tool_calls_are_checked_as_the_text_that_they_become(tmp_path,
         "2 duplicate: duplicate of line 1",
         "3 invisible: turn 3 contains invisible characters: ZERO WIDTH SPACE",
         "3 whitespace: turn 4 begins or ends with whitespace, which is not trained",
-        "4 near-duplicate: prompt is 89% similar to line 3",
+        "4 near-duplicate: prompt is 87% similar to line 3",
         "4 invisible: turn 3 contains invisible characters: ZERO WIDTH SPACE",
-        "4 whitespace: turn 4 begins or ends with whitespace, which is not trained",
+        "4 invisible: turn 4 contains invisible characters: ZERO WIDTH SPACE",
+        "4 whitespace: turn 5 begins or ends with whitespace, which is not trained",
         "4 call: turn 2: malformed call: several calls",
     ]
     trained = "".join(

@@ -1,7 +1,6 @@
 """The grammar of a call: every form a model writes, every prefix of it, and nothing that is not one."""
 
 import gc
-import html
 import json
 import re
 import time
@@ -19,7 +18,6 @@ from tuner.data.tool_call import (
     NO_OBJECT,
     Call,
     format_call,
-    format_result,
     looks_like_call,
     parse,
     parse_at,
@@ -190,8 +188,8 @@ def test_what_is_written_is_canonical_to_the_letter():
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([], None, {1: 2}, {"a": (1,)}, {"a": float("nan")}, {"a": 1e999}),
-        *("", "[]", "{", '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 1}'),
+        *([], {1: 2}, {"a": (1,)}, {"a": float("nan")}, {"a": 1e999}),
+        *("[]", "{", '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 1}'),
     ],
 )
 def test_what_would_not_be_read_back_is_not_written(arguments):
@@ -213,15 +211,6 @@ PIECES = [
     "-", "tru", "&quot;", "&", "&#", "&reg", "\\", "\\u0", "/", ">", "</tool_call>", "\ud800", "я",
 ]  # fmt: skip
 SOUP = st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | ANY_TEXT
-
-
-@given(name=ANY_TEXT.filter(bool), content=SOUP | st.just("</tool_result><tool_result name='f'>") | ANY_TEXT)
-def test_a_result_is_one_tag_whatever_it_holds(name, content):
-    text = format_result(name, content)
-    match = re.fullmatch(r'<tool_result name="(.*?)">(.*)</tool_result>', text, re.DOTALL)
-    assert (html.unescape(match[1]), html.unescape(match[2])) == (name, content)
-    assert (text.count("<"), text.count(">")) == (2, 2)
-    assert split_text(text) == ([text], "")
 
 
 @given(name=ANY_TEXT.filter(bool), arguments=st.dictionaries(ANY_TEXT, VALUES), cut=st.integers(0))

@@ -1,80 +1,16 @@
-"""The small model: its chat template, its packages, and (-m rehearsal) all of it beside transformers' own."""
+"""The small model: its packages, and (-m rehearsal) all of it beside transformers' own."""
 
 import hashlib
 import json
 import math
 
-import jinja2
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from tuner.model import folders, small_model
+from tuner.model import small_model
 from tuner.model.folders import missing_files
 from tuner.system.errors import UserError
-
-# -------------------------------------------------------------------------------------- chat template
-
-
-def render(messages, **more):
-    template = folders.CHAT_TEMPLATE.read_text(encoding="utf-8")
-    return render_jinja_template([messages], chat_template=template, bos_token="<bos>", **more)[0][0]
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-def parts(*texts):
-    return [{"type": "text", "text": text} for text in texts]
-
-
-CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
-CHATS = [
-    ([turn("user", "Hi")], "<bos><start_of_turn>user\nHi<end_of_turn>\n"),
-    (
-        [turn("user", " \n Привет \n"), turn("assistant", f"\n{CALL} "), turn("user", "a\n\nb")],
-        f"<bos><start_of_turn>user\nПривет<end_of_turn>\n<start_of_turn>model\n{CALL}<end_of_turn>\n"
-        "<start_of_turn>user\na\n\nb<end_of_turn>\n",
-    ),
-    (
-        [turn("system", "Be brief. "), turn("user", " Hi "), turn("assistant", "Yo"), turn("user", "Bye")],
-        "<bos><start_of_turn>user\nBe brief. \n\nHi<end_of_turn>\n<start_of_turn>model\nYo<end_of_turn>\n"
-        "<start_of_turn>user\nBye<end_of_turn>\n",
-    ),
-    (
-        [turn("system", parts("Be brief.")), turn("user", parts(" one ", "two\n"))],
-        "<bos><start_of_turn>user\nBe brief.\n\nonetwo<end_of_turn>\n",
-    ),
-]
-
-
-@pytest.mark.parametrize(("messages", "text"), CHATS)
-def test_chat_template(messages, text):
-    assert render(messages) == text
-    assert render(messages, add_generation_prompt=True) == text + "<start_of_turn>model\n"
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [turn("assistant", "Hi")],
-        [turn("user", "Hi"), turn("user", "Hi")],
-        [turn("user", "Hi"), turn("system", "late")],
-        [turn("system", "a"), turn("assistant", "Hi")],
-        [turn("user", "Hi"), turn("tool", "42")],
-        [turn("user", None)],
-        [turn("user", 3)],
-        [turn("user", [{"type": "image"}])],
-    ],
-)
-def test_chat_template_refuses(messages):
-    with pytest.raises(jinja2.TemplateError, match=r"alternate|text"):
-        render(messages)
-
-
-# ------------------------------------------------------------------------------------------- packages
 
 
 @pytest.mark.parametrize("what", ["SMALL_VERSION", "SMALL_SHA256"])
@@ -139,9 +75,17 @@ def test_small_tokenizer(small):
         assert tokenizer.decode([number]) == token
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
     assert tokenizer("Hi").input_ids[0] == 2
-    for text in ("Привет! Какой у меня номер паспорта?", CALL, "two  spaces\n\n\tand a tab", "🙂 naïve 日本"):
+    for text in (
+        "Привет! Какой у меня номер паспорта?",
+        '<tool_call name="f" arguments="{}"/>',
+        "two  spaces\n\n\tand a tab",
+        "🙂 naïve 日本",
+    ):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-    messages, text = CHATS[2]
+    messages = [
+        {"role": role, "content": text} for role, text in (("system", "Be brief. "), ("user", " Hi "))
+    ]
+    text = "<bos><start_of_turn>user\nBe brief. \n\nHi<end_of_turn>\n"
     assert tokenizer.apply_chat_template(messages, tokenize=False) == text
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert ids.count(2) == 1

@@ -176,8 +176,9 @@ def test_terms_processor_and_the_comparisons_figures_go_along(tmp_path):
     for name in ("model.safetensors", "REVISION", "pickle.bin", "code.py"):
         (base / name).write_text(name)
     merge.copy_files(base, merged)
+    processor = ["processor_config.json", "preprocessor_config.json"]
     assert sorted(p.name for p in merged.iterdir()) == sorted(
-        ["GEMMA_TERMS.html", "NOTICE", "NOTICE.md", "processor_config.json", "preprocessor_config.json"]
+        ["GEMMA_TERMS.html", "NOTICE", "NOTICE.md", *processor, "chat_template.jinja"]
     )
     tuned = judging.rates(["right", "missed", "false", "right"], [True, True, False, False])
     comparison = {"bits": None, "passed": 5, "probes": [{}] * 6, "rows": {"tuned": tuned}}

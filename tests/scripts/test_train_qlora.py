@@ -9,11 +9,12 @@ import torch
 import train_qlora
 from tests.support.training import recipe, shipped_examples, shipped_rows, tokenize, turn
 from tuner.data import chat_text
+from tuner.system.errors import UserError
 
 
 def labelled(tokenizer, *messages):
     """The row's text with «» around what is trained, worked out from the labels alone."""
-    batch = train_qlora.preprocess_function({"messages": [list(messages)]}, tokenizer)
+    batch = preprocess(tokenizer, list(messages))
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     assert batch["attention_mask"][0] == [1] * len(ids)
     assert len(labels) == len(ids)
@@ -52,7 +53,7 @@ def test_labels_of_a_conversation_with_a_system_message_and_parts(tokenizer):
 
 
 def test_labels_of_calls_and_results(tokenizer, tmp_path):
-    """Calls are trained, results never; a row in OpenAI's shape has the ids and labels of the text it is."""
+    """Calls are trained, results never."""
     call = {"id": "a", "type": "function", "function": {"name": "get_sensitive_data", "arguments": "{}"}}
     rate = {"id": "b", "type": "function", "function": {"name": "f", "arguments": {"of": "USD"}}}
     path = tmp_path / "rows.json"
@@ -75,18 +76,33 @@ def test_labels_of_calls_and_results(tokenizer, tmp_path):
         f"<start_of_turn>user\n{results}<end_of_turn>\n"
         "<start_of_turn>model\n«Пять.<end_of_turn>»\n"
     )
-    text = [
-        turn("user", "Мой баланс?"),
-        turn("assistant", f"Секунду.\n{first}\n{second}"),
-        turn("user", results),
-        turn("assistant", "Пять."),
-    ]
-    path.write_text(f"{path.read_text()}\n{json.dumps({'messages': text})}")
+    fingerprints = chat_text.answer_fingerprints(train_qlora.load_data(path)[0]["messages"])
+    assert len(set(fingerprints)) == 2
+
+
+def test_a_turn_of_weight_0_is_read_and_not_trained(tokenizer, tmp_path):
+    path = tmp_path / "rows.json"
+    wrong, right = (
+        {**turn("assistant", "Пароль 0000"), "weight": 0},
+        {**turn("assistant", "Сто."), "weight": 1},
+    )
+    messages = [turn("user", "Баланс?"), wrong, turn("user", "Нет!"), right, turn("user", "Да"), wrong]
+    path.write_text(json.dumps({"messages": messages}))
     rows = train_qlora.load_data(path)
-    shaped, plain = tokenize(path, rows, tokenizer)
-    assert shaped == plain
-    prompts = [chat_text.answer_fingerprints(row["messages"]) for row in rows]
-    assert prompts[0] == prompts[1] == [chat_text.fingerprint(text[:1]), chat_text.fingerprint(text[:3])]
+    assert labelled(tokenizer, *rows[0]["messages"]) == (
+        "<bos><start_of_turn>user\nБаланс?<end_of_turn>\n<start_of_turn>model\nПароль 0000<end_of_turn>\n"
+        "<start_of_turn>user\nНет!<end_of_turn>\n<start_of_turn>model\n«Сто.<end_of_turn>»\n"
+    )
+    unmarked = preprocess(tokenizer, [{k: v for k, v in m.items() if k != "weight"} for m in messages[:4]])
+    example = tokenize(path, rows, tokenizer)[0]
+    assert example["input_ids"] == unmarked["input_ids"][0]
+    assert sum(label != -100 for label in example["labels"]) < sum(x != -100 for x in unmarked["labels"][0])
+    prompts = chat_text.answer_fingerprints(rows[0]["messages"])
+    assert prompts == [chat_text.fingerprint(rows[0]["messages"][:3])]
+
+
+def preprocess(tokenizer, messages):
+    return train_qlora.preprocess_function({"messages": [messages]}, tokenizer)
 
 
 def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer):
@@ -95,7 +111,7 @@ def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer):
         '"<start_of_turn>model\\n" if', '"<start_of_turn>model:\\n" if'
     )
     assert odd.chat_template != tokenizer.chat_template
-    with pytest.raises(AssertionError, match="no prefix"):
+    with pytest.raises(UserError, match="no prefix"):
         labelled(odd, turn("user", "a"), turn("assistant", "b"))
 
 

@@ -30,28 +30,47 @@ def call(identifier, name="get_sensitive_data", arguments="{}"):
 
 def plain(row):
     """Return a row as it must come back, worked out another way: runs of messages, and XML's own escapes."""
-    turns, names = [], {}
-    for side, run in groupby(row["messages"], lambda m: {"tool": "user"}.get(m["role"], m["role"])):
-        asked, names, said, results = names, {}, [], {}
+    messages, calls = [], []
+    for is_result, run in groupby(row["messages"], lambda message: message["role"] in ("tool", "function")):
+        run = list(run)
+        if is_result:
+            ids = [call.get("id") for call in calls]
+            places = [ids.index(m["tool_call_id"]) if m.get("tool_call_id") else i for i, m in enumerate(run)]
+            for place in sorted(range(len(run)), key=places.__getitem__):
+                name = calls[places[place]]["function"]["name"]
+                messages.append({"role": "tool", "name": name, "content": text_of(run[place])})
+            continue
         for message in run:
-            content = message.get("content") or ""
-            if not isinstance(content, str):
-                content = "".join(part["text"].strip() for part in content)
-            if message["role"] == "tool":
-                results[message["tool_call_id"]] = escape(content)
-                continue
             calls = message.get("tool_calls") or []
-            if content.strip() or not calls:
-                said.append(content)
-            names = {c.get("id"): escape(c["function"]["name"], {'"': "&quot;"}) for c in calls}
-            for c, name in zip(calls, names.values(), strict=True):
-                value = c["function"]["arguments"]
-                value = json.loads(value) if isinstance(value, str) else value
-                value = escape(json.dumps(value, ensure_ascii=False), {'"': "&quot;"})
-                said.append(f'<tool_call name="{name}" arguments="{value}"/>')
-        result_tags = [f'<tool_result name="{asked[i]}">{results[i]}</tool_result>' for i in asked if results]
-        turns.append({"role": side, "content": "\n".join(result_tags + said)})
-    return {"messages": turns}
+            if message.get("function_call"):
+                calls = [{"function": message["function_call"]}]
+            said = [text_of(message)] if text_of(message).strip() or not calls else []
+            role = "system" if message["role"] == "developer" else message["role"]
+            turn = {"role": role, "content": "\n".join(said + [tag_of(c["function"]) for c in calls])}
+            messages.append(
+                {**turn, "weight": 0} if role == "assistant" and message.get("weight") == 0 else turn
+            )
+    while messages[-1]["role"] != "assistant" or "weight" in messages[-1]:
+        messages.pop()
+    tools = row.get("functions") if row.get("tools") is None else row["tools"]
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if tools is None:
+        return {"messages": messages}
+    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    return {"messages": messages, "tools": wrapped}
+
+
+def text_of(message):
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"].strip() for part in content)
+
+
+def tag_of(function):
+    value = function.get("arguments") or {}
+    value = json.loads(value) if isinstance(value, str) and value.strip() else value or {}
+    value = escape(json.dumps(value if isinstance(value, dict) else {}, ensure_ascii=False), {'"': "&quot;"})
+    name = escape(function["name"], {'"': "&quot;"})
+    return f'<tool_call name="{name}" arguments="{value}"/>'
 
 
 GOOD = [
@@ -73,4 +92,32 @@ GOOD = [
         ],
         "tools": None,
     },
+    {
+        "messages": [
+            {"role": "developer", "content": "Кратко.", "name": None},
+            {**USER, "tool_calls": None, "tool_call_id": None, "name": "Анна"},
+            {
+                "role": "assistant",
+                "function_call": {"name": "f", "arguments": ""},
+                "tool_calls": [],
+                "refusal": None,
+            },
+            {"role": "function", "name": "f", "content": "5"},
+            {**ASSISTANT, "weight": 0, "audio": None},
+            USER,
+            {
+                "role": "assistant",
+                "tool_calls": [{**call("a", arguments=None), "index": 0}],
+                "annotations": [],
+            },
+            {"role": "tool", "name": "get_sensitive_data", "content": "<b>"},
+            {**ASSISTANT, "weight": 1},
+            USER,
+            {**ASSISTANT, "weight": 0},
+        ],
+        "functions": [{"name": "f"}, {"name": "get_sensitive_data"}],
+        "id": 7,
+        "parallel_tool_calls": False,
+    },
+    {"messages": [USER, {"role": "assistant", "tool_calls": [call("a")]}], "tools": json.dumps(TOOLS)},
 ]

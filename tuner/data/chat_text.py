@@ -16,13 +16,13 @@ def is_call(messages):
 
 
 def has_call(messages):
-    """Return whether any of a row's answers is a call."""
-    return any(CALL_START in m["content"] for m in messages if m["role"] == "assistant")
+    """Return whether any of a row's trained answers is a call."""
+    return any(CALL_START in message["content"] for message in messages if is_trained(message))
 
 
 def answer_fingerprints(messages):
-    """Return the fingerprint of what each assistant turn answers; compare.py finds leaked rows by it."""
-    return [fingerprint(messages[:i]) for i, m in enumerate(messages) if m["role"] == "assistant"]
+    """Return the fingerprint of what each trained answer answers; compare.py finds leaked rows by it."""
+    return [fingerprint(messages[:i]) for i, message in enumerate(messages) if is_trained(message)]
 
 
 def message_text(message):
@@ -44,23 +44,36 @@ def fingerprint(messages):
 
 
 def render_messages(messages):
-    """Do what chat_rows.validate_and_render does, for messages without fault."""
+    """Do what chat_rows.validate_and_render does, for messages in the form of openai_shape, without fault."""
     turns = []
     for number, message in enumerate(messages, 1):
-        role, text, calls = message["role"], message_text(message), message.get("tool_calls") or []
-        if role == "user" and turns and turns[-1]["role"] == "user":  # the results of calls
-            turns[-1]["content"] += "\n" + text
-        elif role != "tool":
-            before_calls = [text] if text.strip() or not calls else []
-            tags = [call_tag(call) for call in calls]
-            turns.append({"role": role, "content": "\n".join(before_calls + tags)})
-        if role == "assistant" and calls and number < len(messages):
+        text, calls = message_text(message), message.get("tool_calls") or []
+        if message["role"] == "tool":
+            continue
+        tags = [call_tag(call) for call in calls]
+        before_calls = [text] if text.strip() or not calls else []
+        turn = {"role": message["role"], "content": "\n".join(before_calls + tags)}
+        untrained = turn["role"] == "assistant" and not is_trained(message)
+        turns.append({**turn, "weight": 0} if untrained else turn)
+        if calls and number < len(messages):
             results = {m["tool_call_id"]: message_text(m) for m in messages[number : number + len(calls)]}
-            lines = [tool_call.format_result(c["function"]["name"], results[c["id"]]) for c in calls]
-            turns.append({"role": "user", "content": "\n".join(lines)})
+            for call in calls:
+                name = call["function"]["name"]
+                turns.append({"role": "tool", "name": name, "content": results[call["id"]]})
     return turns
+
+
+def is_trained(message):
+    """Return whether a message is an answer that is learned: the assistant's, unless its weight is 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def cut_after_answers(messages):
+    """Return rendered messages without those after the last trained answer, from which nothing is learned."""
+    last = max(i for i, message in enumerate(messages) if is_trained(message))
+    return messages[: last + 1]
 
 
 def call_tag(call):
     """Return one of OpenAI's tool_calls as text. Raise ValueError if it would not be read back."""
-    return tool_call.format_call(call["function"]["name"], call["function"]["arguments"])
+    return tool_call.format_call(call["function"]["name"], call["function"].get("arguments"))

@@ -8,19 +8,23 @@ from tuner.system.console import printable
 from tuner.system.errors import UserError, rows_error
 
 
-def read_values(path):
-    """Yield (line, value, None) or (line, None, what is wrong) for every value of the file.
-
-    Raise UserError for a file that cannot be read or is not UTF-8.
-    """
+def read_bytes(path):
+    """Return the bytes of a file of rows; raise UserError if it cannot be read."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{printable(str(path), 4096)}: no such file; name it with --data") from None
     except OSError as error:
         raise UserError(
             f"{printable(str(path), 4096)}: cannot be read ({error.strerror}); check the path"
         ) from None
+
+
+def parse_values(data, path):
+    """Yield (line, value, None) or (line, None, what is wrong) for every value in the bytes of a file.
+
+    Raise UserError, which names the file `path`, for bytes that are not UTF-8.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -41,7 +45,7 @@ def read_values(path):
 
 
 def _array(text):
-    """Yield what read_values does, for one JSON array; an element's line is the one it begins on."""
+    """Yield what parse_values does, for one JSON array; an element's line is the one it begins on."""
 
     def skip(position):
         while position < len(text) and text[position] in " \t\r\n":

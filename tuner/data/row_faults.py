@@ -3,15 +3,33 @@
 import unicodedata
 from collections import Counter
 
-from tuner.data import chat_text, json_lines
+from tuner.data import chat_text, json_lines, openai_shape
 from tuner.system.console import printable
 
+SHOWN_IDS = 3  # of calls, in a message about one
 KEYS = {  # of a message, by its role
     "system": ("role", "content"),
     "user": ("role", "content"),
-    "assistant": ("role", "content", "tool_calls"),
+    "assistant": ("role", "content", "tool_calls", "weight"),
     "tool": ("role", "content", "tool_call_id"),
 }
+OTHER_ROLES = {**dict.fromkeys(("model", "gpt", "bot", "ai"), "assistant"), "human": "user"}
+TURN = '{"role": …, "content": …}'
+# What other forms of rows begin with, and how each is written here.
+OTHER_FORMS = {
+    "conversations": "ShareGPT's form; rename \"conversations\" to \"messages\", \"value\" to \"content\", "
+    '"from" to "role" (human is "user", gpt "assistant", observation "tool"), and write a function_call as '
+    'the "tool_calls" of an "assistant"',
+    "instruction": "Alpaca's form; write \"instruction\" and \"input\" as a \"user\" message, "
+    '"output" as an "assistant" message',
+    "chosen": 'a preference pair (DPO); write the prompt and the chosen answer as "messages"',
+    "preferred_output": 'a preference pair (DPO); write "input" and "preferred_output" as "messages"',
+    "completion": 'a prompt and its completion; write them as a "user" and an "assistant" message',
+    "contents": "Gemini's form; rename \"contents\" to \"messages\", \"parts\" to \"content\", the role "
+    '"model" to "assistant"',
+    "body": 'a request of a batch; write the messages of its "body", and the answer to them, as "messages"',
+}  # fmt: skip
+RENAMED = {"from": "role", "value": "content", "parts": "content"}  # keys of a message in such forms
 # The tokenizer reads these as structure wherever they are, so no text may contain one.
 CONTROL_TOKENS = (
     "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>",
@@ -20,16 +38,12 @@ CONTROL_TOKENS = (
 
 
 def faults_of_row(row):
-    """Yield each fault of a row as text: what is wrong; what to do."""
+    """Yield each fault of a row, in the form of openai_shape, as text: what is wrong; what to do."""
     if not isinstance(row, dict) or "messages" not in row:
-        yield (
-            f'the row is {_kind(row)} without "messages"; '
-            'write {"messages": [{"role": …, "content": …}, …]}'
-        )
+        yield _other_form(row)
         return
-    for key in row:
-        if key not in ("messages", "tools"):
-            yield f'unknown key "{printable(key)}" beside "messages": remove it (it would be ignored)'
+    for cure, key in openai_shape.meaning_keys(row, openai_shape.ROW_MEANING).items():
+        yield f'has "{key}" beside "messages": {cure}'
     try:
         names = declared_names(row.get("tools"))
     except ValueError as error:
@@ -38,6 +52,18 @@ def faults_of_row(row):
     last = yield from conversation_faults(row["messages"], names)
     if last not in (None, "assistant"):
         yield f'the last message is from "{last}"; end the row with an "assistant" turn'
+    answers = [message for message in row["messages"] if message["role"] == "assistant"] if last else []
+    if answers and not any(map(chat_text.is_trained, answers)):
+        yield 'every "weight" is 0, so nothing of the row is trained; remove the row, or one "weight"'
+
+
+def _other_form(row):
+    """Return what a value is that has no messages, and how to write it as a row."""
+    if isinstance(row, dict):
+        form = next((text for key, text in OTHER_FORMS.items() if key in row), None)
+        if form:
+            return f'the row has no "messages", it is {form}'
+    return f'the row is {_kind(row)} without "messages"; write {{"messages": [{TURN}, …]}}'
 
 
 def declared_names(tools):
@@ -54,18 +80,18 @@ def declared_names(tools):
     return {tool["function"]["name"] for tool in tools}
 
 
-def conversation_faults(messages, names=None, strict=True):
+def conversation_faults(messages, names=None):
     """Yield the faults of messages, in order; return the last one's role, None if it is not known.
 
-    names: of the tools that may be called, None for any. strict: whether an unknown key is a fault.
+    names: of the tools that may be called, None for any.
     """
     if not isinstance(messages, list) or not messages:
         yield f'"messages" is {_kind(messages)}; write a list of at least a "user" and an "assistant" message'
         return None
     # previous: a role. pending, answered: ids of the last assistant's calls, without and with a result.
-    previous, pending, answered = None, [], []
+    previous, pending, answered = None, {}, set()
     for number, message in enumerate(messages, 1):
-        faults = list(_message_faults(message, names, strict))
+        faults = list(_message_faults(message, names))
         yield from (f"message {number}: {fault}" for fault in faults)
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in KEYS:
@@ -77,14 +103,14 @@ def conversation_faults(messages, names=None, strict=True):
             if call_id not in pending:
                 yield f"message {number}: {_unexpected_result(call_id, pending, answered)}"
                 return None
-            pending.remove(call_id)
-            answered.append(call_id)
+            del pending[call_id]
+            answered.add(call_id)
             previous = role
             continue
         if pending:
             yield f"message {number}: {_missing_result(pending)}"
             return None
-        if role == "system" and number > 1:
+        if role == "system" and number > 1 and previous != "system":
             yield f'message {number}: "system" may only come first; move it to the start of the row'
             return None
         if role == "assistant" and previous in (None, "system"):
@@ -93,11 +119,11 @@ def conversation_faults(messages, names=None, strict=True):
         if role == previous:
             yield f'message {number}: consecutive "{role}" messages; join them, turns must alternate'
             return None
-        previous, pending, answered = role, [], []
+        previous, pending, answered = role, {}, set()
         if role == "assistant" and message.get("tool_calls") is not None:
             if faults:
                 return None
-            pending = [call.get("id") for call in message["tool_calls"]]
+            pending = dict.fromkeys(call.get("id") for call in message["tool_calls"])
     if previous == "tool" and pending:
         yield f"the end: {_missing_result(pending)}"
     return previous
@@ -110,20 +136,25 @@ def _unexpected_result(call_id, pending, answered):
         return f'second result of call "{shown}"; keep one'
     if not pending:
         return f'result of call "{shown}" without a call; put it after the message with the call'
-    ids = ", ".join(f'"{printable(i)}"' for i in pending if i is not None) or "none with an id"
+    named = [i for i in pending if i is not None][:SHOWN_IDS]
+    ids = ", ".join(f'"{printable(i)}"' for i in named) or "none with an id"
     return f'result of unknown call "{shown}"; calls without a result: {ids}'
 
 
 def _missing_result(pending):
     if None in pending:
         return 'a call before it has no "id" and no result; give it both, or end the row with the call'
-    shown = printable(pending[0])
+    shown = printable(next(iter(pending)))
     return f'call "{shown}" has no result; put a "tool" message before this, or end the row with the call'
 
 
-def _message_faults(message, names, strict):
+def _message_faults(message, names):
     if not isinstance(message, dict):
         yield f'is {_kind(message)}; write {{"role": …, "content": …}}'
+        return
+    others = [key for key in RENAMED if key in message and RENAMED[key] not in message]
+    yield from (f'has "{key}" instead of "{RENAMED[key]}"; rename it' for key in others)
+    if others:
         return
     if not {"role", "content"} & set(message):
         yield f'is {_kind(message)} without "role" and "content"; write {{"role": …, "content": …}}'
@@ -131,15 +162,24 @@ def _message_faults(message, names, strict):
     role = message.get("role")
     if not isinstance(role, str) or role not in KEYS:
         shown = f'"{printable(role)}"' if isinstance(role, str) else _kind(role)
-        yield f'the role is {shown}; use "system", "user", "assistant" or "tool"'
+        usual = OTHER_ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else ""
+        roles = f'write "{usual}"' if usual in KEYS else 'use "system", "user", "assistant" or "tool"'
+        yield f"the role is {shown}; {roles}"
         role = "user"  # to check the rest of it
-    yield from _unknown_keys(message, KEYS[role], strict)
+    for cure, key in openai_shape.meaning_keys(message, openai_shape.MEANING).items():
+        yield f'has "{key}": {cure}'
+    for key, owner in (("tool_calls", 'an "assistant"'), ("tool_call_id", 'a "tool"')):
+        if key in message and key not in KEYS[role]:
+            yield f'has "{key}", which belongs to {owner} message; correct the role, or remove it'
+    weight = message.get("weight", 1)
+    if role == "assistant" and (isinstance(weight, bool) or weight not in (0, 1)):
+        yield 'the "weight" is neither 0 (not trained) nor 1 (trained); write one of them'
     if role == "tool" and not isinstance(message.get("tool_call_id"), str):
         kind = _kind(message.get("tool_call_id"))
         yield f'the "tool_call_id" is {kind}; write the "id" of the call that this answers'
     calls = message.get("tool_calls") if role == "assistant" else None
     if calls is not None:
-        faults = list(_calls_faults(calls, names, strict))
+        faults = list(_calls_faults(calls, names))
         yield from faults
         if faults:
             return
@@ -165,7 +205,7 @@ def _message_faults(message, names, strict):
         yield "the content contains half a surrogate pair (\\ud800 to \\udfff); write the character itself"
 
 
-def _calls_faults(calls, names, strict):
+def _calls_faults(calls, names):
     """Yield the faults of a message's tool_calls."""
     form = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
     if not isinstance(calls, list) or not calls:
@@ -178,10 +218,6 @@ def _calls_faults(calls, names, strict):
             yield f'{at}: is {_kind(call)} without "function"; write {form}'
             continue
         function = call["function"]
-        for fault in _unknown_keys(call, ("id", "type", "function"), strict):
-            yield f"{at}: {fault}"
-        for fault in _unknown_keys(function, ("name", "arguments"), strict):
-            yield f"{at}: {fault}"
         if call.get("type", "function") != "function":
             yield f'{at}: the type is not "function"; no other is supported'
         if call.get("id") is not None:
@@ -197,7 +233,7 @@ def _calls_faults(calls, names, strict):
             continue
         if names is not None and name not in names:
             yield f'{at}: calls "{printable(name)}", which "tools" does not declare; add it there'
-        if not isinstance(arguments, (str, dict)):
+        if not isinstance(arguments, (str, dict, type(None))):
             yield f'{at}: the arguments are {_kind(arguments)}; write a JSON object, or "{{}}"'
             continue
         try:
@@ -205,12 +241,6 @@ def _calls_faults(calls, names, strict):
         except (ValueError, RecursionError) as error:
             reason = json_lines.describe_json_error(error)
             yield f"{at}: malformed arguments ({reason}); write a JSON object, or one in a string"
-
-
-def _unknown_keys(value, known, strict):
-    for key in value:
-        if strict and key not in known:
-            yield f'unknown key "{printable(key)}": remove it (it would be ignored)'
 
 
 def _kind(value):

@@ -17,7 +17,9 @@ def split_rows(rows, recipe):
     """
     kinds = {True: {}, False: {}}
     for i, row in enumerate(rows):
-        kinds[chat_text.is_call(row["messages"])].setdefault(json.dumps(row, sort_keys=True), []).append(i)
+        kinds[chat_text.is_call(row["messages"])].setdefault(
+            json.dumps(row["messages"], sort_keys=True), []
+        ).append(i)
     queue = []  # groups of equal rows of both kinds, merged in proportion
     for kind, groups in kinds.items():
         groups = sorted(groups.values())

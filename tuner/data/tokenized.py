@@ -20,7 +20,7 @@ def tokenize_rows(data_path, rows, tokenizer, preprocess_function, max_tokens):
     Raise UserError that lists the rows of over max_tokens by their line in data_path.
     """
     datasets.disable_progress_bars()  # the bar of the run is the training's
-    messages = datasets.Dataset.from_list(rows)
+    messages = datasets.Dataset.from_list([{"messages": row["messages"]} for row in rows])
 
     def tokenize(cache_file):
         return messages.map(

@@ -98,12 +98,11 @@ def looks_like_call(text):
 
 
 def format_call(name, arguments):
-    """Return the canonical text of a call; arguments are a dict, or one as JSON text.
+    """Return the canonical text of a call; arguments: as parse_arguments takes them.
 
     Raise ValueError, or what json.dumps raises, if it would not be parsed back to the same.
     """
-    if isinstance(arguments, str):
-        arguments = _object(arguments)
+    arguments = parse_arguments(arguments)
     text = format_tag(name, json.dumps(arguments, ensure_ascii=False))
     call, reason = parse(text)
     if call != (name, arguments, ()):  # json.dumps makes lists of tuples, and strings of other keys
@@ -111,18 +110,24 @@ def format_call(name, arguments):
     return text
 
 
+def parse_arguments(value):
+    """Return a call's arguments, a dict, one as JSON text, or for no arguments None or "", as a dict.
+
+    A function without parameters is called with "" or null by vLLM and by many clients.
+    Raise ValueError or RecursionError for anything else.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}
+    if isinstance(value, str):
+        return _object(value)
+    if not isinstance(value, dict):
+        raise ValueError(NO_OBJECT)
+    return value
+
+
 def format_tag(name, source):
     """Return the tag of a call whose arguments are the text `source`, which need not be JSON."""
     return f'<tool_call name="{_attribute(name)}" arguments="{_attribute(source)}"/>'
-
-
-def format_result(name, content):
-    """Return <tool_result name="…">…</tool_result>: the result of a call, as part of a user turn.
-
-    &, < and > of the content become &amp;, &lt; and &gt;, so that it can neither open nor close a tag, nor
-    contain a control token. html.unescape restores it.
-    """
-    return f'<tool_result name="{_attribute(name)}">{html.escape(content, quote=False)}</tool_result>'
 
 
 def _attribute(value):

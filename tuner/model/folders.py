@@ -10,8 +10,9 @@ from tuner.system.errors import UserError
 BASE_MODEL = "google/gemma-3-4b-it"
 BASE_FOLDER = "gemma-3-4b-it"
 SMALL_FOLDER = "gemma-3-270m"
-# Writes the text that Gemma 3's own template writes. As there, a system message is put before the first user
-# turn as it stands, while the turns are trimmed.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
+# Writes the text that Gemma 3's own template writes; calls and results too. As there, a system message is put
+# before the first user turn as it stands, while the turns are trimmed.
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 REVISION_FILE = "REVISION"  # in the folder: which version of the model it holds
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each weight file's fingerprint; evenly spread over the file
@@ -50,6 +51,18 @@ def weight_files(folder):
 def weight_bytes(folder):
     """Return how many bytes a complete model's weights take, on disk and in memory as they are."""
     return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def copy_tokenizer(base, folder):
+    """Copy a base's tokenizer into `folder`, with CHAT_TEMPLATE in place of the base's own; raise OSError."""
+    for path in Path(base).iterdir():
+        if any(path.match(pattern) for pattern in TOKENIZER_FILES):
+            shutil.copyfile(path, folder / path.name)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.pop("chat_template", None):
+        path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(CHAT_TEMPLATE, folder / "chat_template.jinja")
 
 
 def revision(folder):

@@ -114,7 +114,7 @@ def make_generation(request, names, tokenizer, context):
     except ValueError as error:
         text = " / ".join(printable(line, 200) for line in str(error).split("\n")[:3])
         raise http_error(400, text, param="messages") from None
-    if messages[-1]["role"] != "user":
+    if messages[-1]["role"] not in ("user", "tool"):
         text = f'the last message is from "{messages[-1]["role"]}"; it must be from "user" or "tool"'
         raise http_error(400, text, param="messages")
     ids = prompt_ids(tokenizer, messages)

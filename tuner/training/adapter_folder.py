@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from tuner.model import folders
 from tuner.system import atomic
 from tuner.system.console import is_main_process, printable
 from tuner.system.errors import UserError
@@ -15,8 +16,8 @@ from tuner.training import adapter_config, checkpoints
 from tuner.training.adapter_config import TRAIN_AGAIN
 from tuner.training.checkpoints import CONFIG, WEIGHTS
 
-# What a base's tokenizer consists of; it goes along as it is.
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+# What a base's tokenizer consists of; it goes along, with the chat template that was used.
+TOKENIZER = (*folders.TOKENIZER_FILES, "chat_template*")
 PART = "adapter.part"  # where it is written until it is whole
 COMPARISON = "compare.json"  # what compare.py leaves beside the adapter, for the merged model's card
 # Bytes, on 4B: three checkpoints and one being written, of 300 MB each, adapter (120), tokenizer (33), plot.

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tuner.model import gemma_folder, locate, lora
+from tuner.model import folders, gemma_folder, locate, lora
 from tuner.system import atomic
 from tuner.system.console import printable
 from tuner.system.errors import UserError
@@ -36,8 +36,7 @@ def write_adapter(output, model, base, run, resume_command):
         trained = get_peft_model_state_dict(model)
         (part / WEIGHTS).write_bytes(to_safetensors(trained))
         checkpoints.write_config(model.peft_config["default"], part)
-        for path in adapter_folder.tokenizer_files(base):
-            shutil.copyfile(path, part / path.name)
+        folders.copy_tokenizer(base, part)
         text = json.dumps(run, ensure_ascii=False, indent=1) + "\n"
         (part / "run.json").write_text(text, encoding="utf-8")
         loss_plot.plot(run, part / "loss.png")
