@@ -30,6 +30,7 @@ NO_OVERLAP_CHECK = "cannot check for training/test overlap"
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description="Compare base and tuned model on probes and held-out rows.")
     parser.add_argument("--adapter", help=f"folder of the adapter (default: {OUTPUT_DIR})")
+    parser.add_argument("--base", help="folder or hub name of the base (default: as the adapter records it)")
     parser.add_argument("--data", default=HELD_OUT, help="file of held-out rows (default: %(default)s)")
     parser.add_argument(
         "--bits", type=int, choices=[4, 8], help="bits to quantize the base to (default: unquantized)"
@@ -47,8 +48,8 @@ def parse_arguments(arguments=None):
             parser.error("--model names a model at an endpoint; add --endpoint")
         args.adapter = args.adapter or OUTPUT_DIR
         return args
-    if args.adapter or args.bits:
-        parser.error("--adapter and --bits do not apply to a served model; remove them, or --endpoint")
+    if args.adapter or args.bits or args.base:
+        parser.error("--adapter, --base and --bits do not apply to a served model; remove them")
     try:
         args.endpoint = endpoint.check_address(args.endpoint)
     except ValueError:
@@ -77,7 +78,7 @@ def compare_tuned(args, questions):
         from tuner.inference import generation
         from tuner.system import devices
 
-    model, tokenizer, run = generation.load_tuned(args.adapter, args.bits, quantization_config)
+    model, tokenizer, run = generation.load_tuned(args.adapter, args.bits, quantization_config, args.base)
     loaded = time.perf_counter()
     base_name = model.peft_config["default"].base_model_name_or_path
     seen = seen_in_training(args.adapter, run, questions)

@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from train_qlora import OUTPUT_DIR
-from tuner.model import folders
+from tuner.model import folders, locate
 from tuner.system import atomic, signals
-from tuner.system.console import printable
+from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
 from tuner.system.libraries import heavy_imports
 from tuner.system.scripts import run_script
@@ -33,6 +33,7 @@ NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Merge an adapter into its bf16 base, and prove it.")
     parser.add_argument("--adapter", default=OUTPUT_DIR, help="folder of the adapter (default: %(default)s)")
+    parser.add_argument("--base", help="folder or hub name of the base (default: as the adapter records it)")
     parser.add_argument("--output", help="folder for the merged model (default: the base's name and -merged)")
     parser.add_argument("--overwrite", action="store_true", help="replace a merged model that exists")
     return parser.parse_args()
@@ -92,18 +93,19 @@ def main():
     args = parse_arguments()
     signals.exit_on_signals()
     config, run = adapter_folder.read_adapter(args.adapter)
-    base = config["base_model_name_or_path"]
-    output = Path(args.output or f"{Path(base).name}-merged")
+    base = args.base or locate.find_recorded(config["base_model_name_or_path"], args.adapter)
+    output = Path(args.output or f"{Path(base).absolute().name}-merged")
     atomic.check_parent_writable(output)
     with atomic.exclusive_lock(output):
         check_output(output, base, args.adapter, args.overwrite)
-        merge(args.adapter, base, run, output)
+        merge(args.adapter, args.base, run, output)
 
 
 def merge(adapter, base, run, output):
     """Write the model of `base` and `adapter` to `output`, once weights and answers are proved to be theirs.
 
-    run: what run.json says of the adapter. Raise UserError, and write nothing, if a proof fails.
+    base: folder or hub name, None for the one that the adapter records; run: its run.json. Raise UserError,
+    and write nothing, if a proof fails.
     """
     started = time.perf_counter()
     with heavy_imports():  # torch and what stands on it: seconds, so flags and folders are checked first
@@ -112,8 +114,8 @@ def merge(adapter, base, run, output):
         from tuner.system import devices
         from tuner.training import adapter_weights, merge_proof, merging
 
-    folder, revision = adapter_weights.find_base(adapter, base)
-    print(f"merging    {adapter} into {printable(base)}")
+    folder, revision, name = adapter_weights.find_base(adapter, base)
+    print(f"merging    {one_line(adapter)} into {one_line(name)}")
     device, dtype = merging.choose_device(folders.weight_bytes(folder), output.absolute().parent)
     part = atomic.part_path(output)
     shutil.rmtree(part, ignore_errors=True)

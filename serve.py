@@ -12,7 +12,7 @@ from pathlib import Path
 from train_qlora import OUTPUT_DIR, quantization_config
 from tuner.model import folders, gemma_folder
 from tuner.serving import listening
-from tuner.system import console, signals
+from tuner.system import commands, console, signals
 from tuner.system.errors import UserError
 from tuner.system.libraries import heavy_imports
 from tuner.system.scripts import run_script
@@ -39,6 +39,9 @@ def parse_arguments():
         "--adapter", help="folder of an adapter, to serve tuned and base without merging (default: none)"
     )
     parser.add_argument(
+        "--base", help="folder or hub name of the adapter's base (default: as the adapter records it)"
+    )
+    parser.add_argument(
         "--bits", type=int, choices=[4, 8], help="bits to quantize the model to (default: unquantized)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -48,7 +51,10 @@ def parse_arguments():
         default=8000,
         help="port to listen on, 0 for any free port (default: %(default)s)",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.base and not args.adapter:
+        parser.error("--base names the base of an adapter; add --adapter")
+    return args
 
 
 def check_model(args):
@@ -63,7 +69,8 @@ def check_model(args):
             f"{folder} does not exist; create it: python merge.py, or serve the adapter: {adapter}"
         )
     if adapter_folder.is_finished(folder):
-        raise UserError(f"{folder} is an adapter; serve it on its base: python serve.py --adapter {folder}")
+        serve_it = commands.command("serve.py", adapter=folder)
+        raise UserError(f"{folder} is an adapter; serve it on its base: {serve_it}")
     gemma_folder.check(folder, folder, "check --model, or merge again")
 
 
@@ -80,7 +87,7 @@ def main():
     console.ignore_broken_pipes()
     key = listening.read_key()
     with listening.listen(args.host, args.port, key) as listener:
-        source = args.adapter or args.model
+        source = console.one_line(args.adapter or args.model)
         print(f"loading    {source}")
         check_model(args)
         with heavy_imports():  # torch and what stands on it: seconds, so flags and folder are checked first
@@ -89,7 +96,8 @@ def main():
             from tuner.system import devices
 
         if args.adapter:
-            model, tokenizer, _ = generation.load_tuned(args.adapter, args.bits, quantization_config)
+            tuned = generation.load_tuned(args.adapter, args.bits, quantization_config, args.base)
+            model, tokenizer, _ = tuned
             names = ["tuned", "base"]
         else:
             model, tokenizer = generation.load_model(args.model, args.model, args.bits, quantization_config)

@@ -199,7 +199,7 @@ def tune(args, recipe, rows):
     quantization = quantization_config(recipe.bits, dtype)
     model = loading.load_base(folder, quantization, state.device, dtype, vision=False)
     model = lora.add_lora(model, lora_config(recipe))
-    model.peft_config["default"].base_model_name_or_path = args.model
+    model.peft_config["default"].base_model_name_or_path = locate.record(args.model)
     if not recipe.rehearse:  # a CPU's memory is not the limit; recomputing would cost a third more time
         loss_functions.checkpoint_layers(model)
     if is_main_process():
@@ -227,7 +227,7 @@ def tune(args, recipe, rows):
         if not is_main_process():
             return
         record = describe_data(args, recipe, rows) | run.describe(dtype, loading_seconds)
-        record |= {"revision": revision, "data_sha256": data_sha256}
+        record |= {"revision": revision, "data_sha256": data_sha256, "model_sha256": identity["model_sha256"]}
         record |= {"tokens": workload.total, "trained_tokens": workload.trained}
         adapter_weights.write_adapter(args.output, model, folder, record, resuming.resume_command())
     report_end(args.output, record, devices.format_memory(record["peak_memory_gib"]))

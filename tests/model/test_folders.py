@@ -65,10 +65,14 @@ def test_the_weights_of_an_index_are_each_shard_once(tmp_path):
 
 
 def test_the_revision_is_the_hubs_or_the_one_written_down(tmp_path):
-    assert folders.revision(tmp_path) is None
-    (tmp_path / "REVISION").write_text("abc\n")
-    assert folders.revision(tmp_path) == "abc"
-    assert folders.revision(tmp_path / "snapshots" / "0123") == "0123"
+    cached = tmp_path / "models--google--gemma-3--it" / "snapshots" / "0123"
+    assert (folders.revision(cached), folders.hub_name(cached)) == ("0123", "google/gemma-3--it")
+    assert (folders.revision(tmp_path), folders.hub_name(tmp_path)) == (None, None)
+    folders.write_origin(tmp_path, "abc", "google/gemma-3-4b-it")
+    assert (folders.revision(tmp_path), folders.hub_name(tmp_path)) == ("abc", "google/gemma-3-4b-it")
+    for text, revision in {b"abc\n": "abc", b"": None, b"abc ../..": "abc", b"\xff\n<b>/x": "\ufffd"}.items():
+        (tmp_path / "REVISION").write_bytes(text)
+        assert (folders.revision(tmp_path), folders.hub_name(tmp_path)) == (revision, None)
 
 
 @pytest.mark.parametrize("size", [0, 1, 5000, 3_000_000])

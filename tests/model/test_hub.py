@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.hub_server import SHARDS, TOKEN, UNWANTED, WANTED, Hub, contents, use_hub
+from tests.support.hub_server import COMMIT, SHARDS, TOKEN, UNWANTED, WANTED, Hub, contents, use_hub
 from tuner.model import hub
 from tuner.model.folders import BASE_MODEL
 from tuner.system.errors import UserError
@@ -80,4 +80,7 @@ def test_fetch_fills_the_cache_once(tmp_path, monkeypatch):
     assert Path(hub.fetch(BASE_MODEL)) == folder
     assert server.requests == []
     refused("not a valid model name", "a/b/c")
+    assert Path(hub.fetch(BASE_MODEL, COMMIT)) == folder
+    with pytest.raises(UserError, match=r"^google/gemma-3-4b-it: that version is no longer on the hub"):
+        hub.fetch(BASE_MODEL, "1" * 40)
     server.close()

@@ -105,6 +105,13 @@ def test_what_a_user_can_fix_is_one_line_and_exit_2(tmp_path):
         assert "folder" in error
 
 
+def test_another_base_can_be_named(adapter, tmp_path):
+    shutil.copy(ROOT / "heldout.json", tmp_path)
+    flags = ("--adapter", adapter, "--base", "./none")
+    code, _, error = run_main(compare.main, *flags, folder=tmp_path, error_code=2)
+    assert (code, error.split(";")[0]) == (2, "./none does not exist")
+
+
 def test_full_memory_is_one_line_with_its_cure(adapter, tmp_path, monkeypatch):
     class OutOfMemoryError(RuntimeError):
         pass

@@ -37,15 +37,18 @@ def test_flags_and_their_defaults(capsys):
     plain = {
         "model": "gemma-3-4b-it-merged",
         "adapter": None,
+        "base": None,
         "bits": None,
         "host": "127.0.0.1",
         "port": 8000,
     }
     assert vars(arguments()) == plain
-    given = ["--adapter", "a", "--bits", "8", "--host", "::1", "--port", "0"]
-    assert vars(arguments(*given)) == {**plain, "adapter": "a", "bits": 8, "host": "::1", "port": 0}
+    given = ["--adapter", "a", "--base", "b", "--bits", "8", "--host", "::1", "--port", "0"]
+    changed = {"adapter": "a", "base": "b", "bits": 8, "host": "::1", "port": 0}
+    assert vars(arguments(*given)) == {**plain, **changed}
     assert arguments("--model", "m").model == "m"
-    for wrong in (["--port", "x"], ["--port", "65536"], ["--bits", "3"], ["--adapter", "a", "--model", "b"]):
+    two_models = [["--adapter", "a", "--model", "b"], ["--base", "b"]]
+    for wrong in (["--port", "x"], ["--port", "65536"], ["--bits", "3"], *two_models):
         with pytest.raises(SystemExit) as left:
             arguments(*wrong)
         assert left.value.code == 2
@@ -71,6 +74,8 @@ def test_what_a_user_can_fix_is_one_line_and_exit_1(tmp_path, tiny_text_model, a
     assert error.startswith(
         "gemma-3-4b-it-merged does not exist; create it: python merge.py, or serve the adapter"
     )
+    code, error = run("--adapter", adapter, "--base", "./none", folder=tmp_path)
+    assert (code, error.split(";")[0]) == (1, "./none does not exist")
     code, error = run("--model", adapter, folder=tmp_path)
     assert (code, error) == (
         1,

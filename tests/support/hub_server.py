@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -13,7 +14,7 @@ from huggingface_hub import constants
 from tuner.model import hub as model_hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REVISION = {"REVISION": f"{COMMIT}\n".encode()}  # what a download adds to the files
+REVISION = {"REVISION": f"{COMMIT}\ngoogle/gemma-3-4b-it\n".encode()}  # what a download adds to the files
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = {"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
 WANTED = {
@@ -136,13 +137,16 @@ class Hub:
             return self.send_file(request, name)
         if self.refuse:
             return self.send(request, self.refuse[0], b"", self.refuse[1])
+        versions = re.search("/(?:tree|revision|resolve)/([^/]+)", path)
+        if versions and versions[1] not in ("main", COMMIT):
+            return self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
         if path.startswith(f"/api/models/{self.repo}/tree/"):
             for entry in entries.values():
                 if "lfs" in entry:
                     entry["lfs"]["oid"] = entry["lfs"].pop("sha256")  # its name in this answer
             tree = [{"type": "file", "path": name, **entry} for name, entry in entries.items()]
             return self.send(request, 200, json.dumps(tree).encode())
-        if path in (f"/api/models/{self.repo}", f"/api/models/{self.repo}/revision/main"):
+        if re.fullmatch(f"/api/models/{self.repo}(/revision/.*)?", path):
             siblings = [{"rfilename": n, "blobId": e["oid"], **e} for n, e in entries.items()]
             info = {"id": self.repo, "sha": COMMIT, "siblings": siblings}
             return self.send(request, 200, json.dumps(info).encode())

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.tiny_models import write_tiny_adapter, write_tiny_model
+from tuner.model import folders, hub, small_model
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, adapter_weights
 
@@ -105,3 +107,97 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, tiny_text_mode
     deep = write_tiny_adapter(tmp_path / "deep", write_tiny_model(tmp_path / "deep base", layers=3))
     with pytest.raises(UserError, match=r"was trained on another base: .* has no place for .*layers\.2\."):
         adapter_weights.check_adapter(deep, tiny_text_model, None)
+
+
+# -------------------------------------------------------------------------------------- finding the base
+
+
+@pytest.fixture
+def moved(adapter, tiny_text_model, tmp_path, monkeypatch):
+    """An adapter in the working directory whose base is gone from where it was, and the path of a copy."""
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(adapter, tmp_path / "out")
+    edit_config(copy, base_model_name_or_path="/gone/tiny")
+    base = shutil.copytree(tiny_text_model, tmp_path / "elsewhere" / "renamed")
+    return copy, str(base)
+
+
+def refused(adapter, base=None):
+    """Return the one line in which the base of an adapter is refused."""
+    with pytest.raises(UserError) as error:
+        adapter_weights.find_base(adapter, base)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def record_run(adapter, **run):
+    (adapter / "run.json").write_text(json.dumps(run))
+
+
+def test_a_base_that_moved_is_named_by_a_flag(moved):
+    adapter, base = moved
+    cure = "name the base's folder, or its name on the hub, with --base"
+    assert refused(adapter) == f"/gone/tiny does not exist; the adapter in {adapter} needs it; {cure}"
+    found = adapter_weights.find_base(adapter, base)
+    assert (found.folder, found.name) == (base, base)
+    assert refused(adapter, "./none") == f"./none does not exist; the adapter in {adapter} needs it; {cure}"
+
+
+def test_a_base_that_moved_along_with_the_adapter_is_found(moved):
+    adapter, base = moved
+    shutil.copytree(base, adapter.parent / "tiny")
+    assert adapter_weights.find_base(adapter).folder == str(adapter.parent / "tiny")
+
+
+def test_the_hub_is_not_asked_for_what_was_a_folder(moved, monkeypatch):
+    adapter, _ = moved
+    monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("asked"))
+    for name in ("tiny", "./tiny", "a/b/tiny", "models/tiny"):
+        edit_config(adapter, base_model_name_or_path=name)
+        record_run(adapter, revision=None, model=name)
+        assert refused(adapter).startswith(f"{name} does not exist; the adapter in ")
+
+
+def test_of_a_base_on_the_hub_the_version_is_fetched_that_was_trained_on(moved, monkeypatch):
+    adapter, base = moved
+    commit, asked = "0123456789" * 4, []
+
+    def fetch(*arguments):
+        asked.append(arguments)
+        if len(asked) > 1:
+            raise UserError("google/tiny: hub unreachable", "hub")
+        return shutil.copytree(base, f"models--google--tiny/snapshots/{commit}")
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    record_run(adapter, revision=commit)
+    found = adapter_weights.find_base(adapter, "google/tiny")
+    assert (found.name, found.revision) == ("google/tiny", commit)
+    record_run(adapter, revision="main; --upload")
+    says = refused(adapter, "google/tiny")
+    assert says.startswith("google/tiny: hub unreachable; or name the base's folder")
+    assert asked == [("google/tiny", commit), ("google/tiny", None)]
+
+
+def test_another_base_of_the_same_shape_is_refused(moved, tiny_text_model):
+    adapter, base = moved
+    record_run(adapter, revision=None, model_sha256=folders.weights_fingerprint(tiny_text_model))
+    adapter_weights.find_base(adapter, base)
+    folders.write_origin(base, "1111", "google/tiny")
+    adapter_weights.find_base(adapter, base)  # the weights are the same
+    path = Path(base, "model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert refused(adapter, base) == (
+        f"{adapter} was trained on another base (its weights are not those in {base}); name the base's "
+        "folder, or its name on the hub, with --base, or train again: python train_qlora.py"
+    )
+    record_run(adapter, revision="2222")
+    assert "was trained on another base (revision 2222, " in refused(adapter, base)
+
+
+def test_the_small_base_is_built_again_here(moved, monkeypatch):
+    adapter, base = moved
+    monkeypatch.setattr(small_model, "build_small", lambda folder: shutil.copytree(base, folder))
+    edit_config(adapter, base_model_name_or_path="/gone/gemma-3-270m")
+    record_run(adapter, revision=None)
+    assert adapter_weights.find_base(adapter).folder == "gemma-3-270m"
+    assert Path("gemma-3-270m/config.json").is_file()

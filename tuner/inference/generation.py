@@ -17,18 +17,20 @@ WEIGHTS_ROOM = 1.2  # of the weights' size: activations and cache of a batch bes
 FAST_DEVICE = "cuda"  # the kind of device that decodes by graphs
 
 
-def load_tuned(adapter, bits, quantization_config):
-    """Return (model, tokenizer, run): the base that the adapter names with the adapter on, and its run.json.
+def load_tuned(adapter, bits, quantization_config, base=None):
+    """Return (model, tokenizer, run): the adapter's base with the adapter on, and its run.json.
 
-    Compute in bf16 on a GPU that has it and in fp32 on a CPU, where bf16 is some 200 times slower.
-    quantization_config: train_qlora's function of (bits, dtype).
+    base: the base's folder or hub name, None for the one that the adapter records; the model's peft_config
+    names the one that is used. Compute in bf16 on a GPU that has it and in fp32 on a CPU, where bf16 is some
+    200 times slower. quantization_config: train_qlora's function of (bits, dtype).
     Raise UserError if adapter or base are missing, damaged or do not match, or the GPU is too small.
     """
-    config, run = adapter_folder.read_adapter(adapter)
-    base = config["base_model_name_or_path"]
-    folder, _ = adapter_weights.find_base(adapter, base)
-    model, tokenizer = load_model(folder, base, bits, quantization_config)
-    return adapter_weights.add_adapter(model, adapter), tokenizer, run
+    _, run = adapter_folder.read_adapter(adapter)
+    folder, _, name = adapter_weights.find_base(adapter, base)
+    model, tokenizer = load_model(folder, name, bits, quantization_config)
+    tuned = adapter_weights.add_adapter(model, adapter)
+    tuned.peft_config["default"].base_model_name_or_path = name
+    return tuned, tokenizer, run
 
 
 def load_model(folder, name, bits, quantization_config):

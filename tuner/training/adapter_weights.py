@@ -1,8 +1,11 @@
 """An adapter's weights: written and read back, or checked against the base that they are for."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -17,6 +20,8 @@ from tuner.system.errors import UserError
 from tuner.training import adapter_config, adapter_folder, checkpoints, loss_plot
 from tuner.training.adapter_folder import TRAIN_AGAIN
 from tuner.training.checkpoints import CONFIG, WEIGHTS
+
+NAME_IT = "name the base's folder, or its name on the hub, with --base"
 
 # ------------------------------------------------------------------------------------------- writing
 
@@ -84,12 +89,35 @@ def adapter_bytes(model, base):
 # ------------------------------------------------------------------------------------------ checking
 
 
-def find_base(adapter, base):
-    """Return (folder, revision) of the base, downloaded or built if need be, once the adapter fits it."""
-    cure = f"the adapter in {adapter} needs it"
-    folder, revision = locate.find_model(base, rehearse=not torch.cuda.is_available(), cure=cure)
+class Base(NamedTuple):
+    folder: str
+    revision: str | None  # of the folder, None if it is not known
+    name: str  # on the hub, or the folder
+
+
+def find_base(adapter, base=None):
+    """Return the Base of an adapter, downloaded or built if need be, once the adapter fits it.
+
+    base: its folder or hub name, None for the one that the adapter records, wherever it is now.
+    Raise UserError if there is none, or the adapter does not fit it.
+    """
+    config, run = adapter_folder.read_adapter(adapter)
+    commit = run.get("revision")
+    if not (isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit)):
+        commit = None
+    name = base or locate.find_recorded(config["base_model_name_or_path"], adapter)
+    cure, is_missing = f"the adapter in {adapter} needs it; {NAME_IT}", not os.path.exists(name)
+    on_cpu = not torch.cuda.is_available()
+    if base is None and is_missing and on_cpu and Path(name).name == folders.SMALL_FOLDER:
+        name = folders.SMALL_FOLDER  # which can be built again, here
+    elif base is None and is_missing and run and not commit:  # whatever it is called, it was a folder
+        raise UserError(f"{name} does not exist; {cure}")
+    try:
+        folder, revision = locate.find_model(name, rehearse=on_cpu, cure=cure, commit=commit)
+    except UserError as error:
+        raise error if NAME_IT in str(error) else UserError(f"{error}; or {NAME_IT}") from error
     check_adapter(adapter, folder, revision)
-    return folder, revision
+    return Base(folder, revision, name)
 
 
 def check_adapter(folder, base, revision):
@@ -99,11 +127,7 @@ def check_adapter(folder, base, revision):
     has another rank, or one with a weight that is not finite or a lora_B that is all zeros.
     """
     _, run = adapter_folder.read_adapter(folder)
-    if revision and run.get("revision") and run["revision"] != revision:
-        versions = f"{printable(str(run['revision']), 12)}, {base} holds {printable(revision, 12)}"
-        raise UserError(
-            f"{folder} was trained on another base (revision {versions}); download that one, or {TRAIN_AGAIN}"
-        )
+    check_same_base(folder, base, revision, run)
     expected = expected_tensors(folder, base)
     with safe_open(Path(folder) / WEIGHTS, "pt") as file:
         check_shapes(folder, base, file, expected)
@@ -114,6 +138,19 @@ def check_adapter(folder, base, revision):
             if "lora_B" in name and not tensor.any():
                 cure = f"use a later checkpoint, or {TRAIN_AGAIN}"
                 raise UserError(f"{folder}: {name} is all zeros, nothing was learned there; {cure}")
+
+
+def check_same_base(folder, base, revision, run):
+    """Raise UserError if an adapter's run.json names another version of the base, or other weights."""
+    other, trained = f"{folder} was trained on another base", run.get("revision")
+    if revision and trained:
+        if revision == trained:
+            return
+        versions = f"revision {printable(str(trained), 12)}, {base} holds {printable(revision, 12)}"
+        raise UserError(f"{other} ({versions}); {NAME_IT}, or {TRAIN_AGAIN}")
+    weights = run.get("model_sha256")
+    if weights and weights != folders.weights_fingerprint(base):
+        raise UserError(f"{other} (its weights are not those in {base}); {NAME_IT}, or {TRAIN_AGAIN}")
 
 
 def read_lora(folder):
