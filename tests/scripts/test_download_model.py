@@ -234,6 +234,80 @@ def test_damaged_half_is_thrown_away(run, tmp_path, hub):
     assert contents(tmp_path / "gemma-3-4b-it") == {**WANTED, **REVISION}
 
 
+def part_of(tmp_path, name):
+    (tmp_path / "gemma-3-4b-it.part").mkdir(exist_ok=True)
+    return tmp_path / "gemma-3-4b-it.part" / (name + ".incomplete")
+
+
+@pytest.mark.parametrize("name", [SHARDS[1], "config.json"])
+@pytest.mark.parametrize("more", [1, 1000])
+def test_a_half_that_is_larger_than_the_file_is_started_afresh(run, tmp_path, hub, name, more):
+    part_of(tmp_path, name).write_bytes(WANTED[name] + b"x" * more)  # of an older commit, say
+    code, stdout, stderr = run(hub.url)
+    assert code == 0, stderr
+    assert "already downloaded" not in stdout
+    assert contents(tmp_path / "gemma-3-4b-it") == {**WANTED, **REVISION}
+
+
+def test_a_half_of_another_file_of_the_same_size_is_not_kept(run, tmp_path, hub):
+    part_of(tmp_path, SHARDS[1]).write_bytes(b"x" * len(WANTED[SHARDS[1]]))
+    code, _, stderr = run(hub.url)
+    assert code == 1
+    assert f"{SHARDS[1]}: checksum mismatch; file deleted, run the same command again" in stderr
+    assert run(hub.url)[0] == 0
+    assert contents(tmp_path / "gemma-3-4b-it") == {**WANTED, **REVISION}
+
+
+def test_a_half_that_is_a_link_is_replaced_and_what_it_points_to_is_left(run, tmp_path, hub):
+    mine = tmp_path / "mine"
+    mine.write_bytes(WANTED[SHARDS[1]][:1000])
+    part_of(tmp_path, SHARDS[0]).symlink_to(tmp_path / "gone")
+    part_of(tmp_path, SHARDS[1]).symlink_to(mine)
+    code, _, stderr = run(hub.url)
+    assert code == 0, stderr
+    assert mine.read_bytes() == WANTED[SHARDS[1]][:1000]
+    assert not (tmp_path / "gone").exists()
+    assert contents(tmp_path / "gemma-3-4b-it") == {**WANTED, **REVISION}
+    assert not any(path.is_symlink() for path in (tmp_path / "gemma-3-4b-it").iterdir())
+
+
+def test_a_half_that_is_a_folder_is_named_and_left(run, tmp_path, hub):
+    part_of(tmp_path, SHARDS[1]).mkdir()
+    (part_of(tmp_path, SHARDS[1]) / "mine").write_text("mine")
+    code, _, stderr = run(hub.url)
+    assert code == 1
+    assert f"{SHARDS[1]}.incomplete: Is a directory; fix that, then run the same command" in stderr
+    assert (part_of(tmp_path, SHARDS[1]) / "mine").exists()
+
+
+def test_a_server_that_sends_all_instead_of_the_rest_is_understood(run, tmp_path, hub):
+    original = hub.send_file
+
+    def ignore_range(request, name):
+        del request.headers["Range"]
+        return original(request, name)
+
+    hub.send_file = ignore_range
+    part_of(tmp_path, SHARDS[1]).write_bytes(WANTED[SHARDS[1]][:1000])
+    code, _, stderr = run(hub.url)
+    assert code == 0, stderr
+    assert contents(tmp_path / "gemma-3-4b-it") == {**WANTED, **REVISION}
+
+
+def test_a_server_that_sends_too_much_or_too_little_is_not_believed(run, tmp_path, hub):
+    original = hub.files[SHARDS[1]]
+    for wrong in (original + b"x" * 1000, original[:-1000]):
+        hub.send_file, send = lambda *_, wrong=wrong: hub.send(_[0], 200, wrong), hub.send_file
+        code, _, stderr = run(hub.url)
+        assert code == 1
+        assert len(stderr.splitlines()[-1:]) == 1
+        assert not (tmp_path / "gemma-3-4b-it").exists()
+        hub.send_file = send
+    code, _, stderr = run(hub.url)
+    assert code == 0, stderr
+    assert contents(tmp_path / "gemma-3-4b-it") == {**WANTED, **REVISION}
+
+
 def test_folder_in_the_way(run, tmp_path, hub):
     (tmp_path / "gemma-3-4b-it").mkdir()
     (tmp_path / "gemma-3-4b-it" / "config.json").write_text("{}")

@@ -173,6 +173,8 @@ class Hub:
         content, start = self.files[name], 0
         if wanted := request.headers.get("Range"):
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                return self.send(request, 416, b"", {"Content-Range": f"bytes */{len(content)}"})
         part = content[start:]
         headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if wanted else {}
         if self.cut is not None:

@@ -117,8 +117,7 @@ def download(repo, folder):
     """
     commit, files = ask_hub(repo)
     part = atomic.part_path(folder)
-    sizes = {path.name.removesuffix(".incomplete"): path.stat().st_size for path in part.glob("*.*")}
-    present = sum(min(sizes.get(file.rfilename, 0), file.size) for file in files)
+    present = sum(present_bytes(part, file) for file in files)
     total = sum(file.size for file in files)
     folders.check_free_disk(folder, total - present + RESERVE)
     resumed = f", {present / 1e9:.1f} GB already downloaded" if present else ""
@@ -137,13 +136,31 @@ def download(repo, folder):
         raise explain(error, repo) from error
 
 
+def present_bytes(part, file):
+    """Return how many bytes of a file are in the folder `part`: of the whole one, or of one to resume.
+
+    One with more than the file is of something else; for more than its end the hub answers 416.
+    """
+    for path in (part / file.rfilename, incomplete_path(part, file)):
+        if path.is_file() and not path.is_symlink() and path.stat().st_size <= file.size:
+            return path.stat().st_size
+    return 0
+
+
+def incomplete_path(part, file):
+    return part / (file.rfilename + ".incomplete")
+
+
 def download_file(repo, commit, file, part, bar):
     """Download one file of a commit into the folder `part`, resuming `<file>.incomplete` if it is there.
 
     huggingface_hub 2.4's own downloads throw away a file that was not finished, and here that can be 5 GB;
     its `http_get` asks for the rest of one.
     """
-    incomplete = part / (file.rfilename + ".incomplete")
+    incomplete = incomplete_path(part, file)
+    (part / file.rfilename).unlink(missing_ok=True)  # not intact
+    if not present_bytes(part, file):
+        incomplete.unlink(missing_ok=True)
     with open(incomplete, "ab") as stream:
         http_get(
             hf_hub_url(repo, file.rfilename, revision=commit),
