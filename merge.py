@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from train_qlora import OUTPUT_DIR
-from tuner.model import folders, locate
+from tuner.model import folders, gemma_folder, locate
 from tuner.system import atomic, signals
 from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
@@ -62,6 +62,8 @@ def copy_files(base, merged):
     for path in sorted(Path(base).iterdir()):
         if path.is_file() and any(path.match(pattern) for pattern in COPIED):
             shutil.copyfile(path, merged / path.name)
+            if path.name == "config.json":
+                gemma_folder.declare_bf16(merged / path.name)
     folders.copy_tokenizer(base, merged)
     if not (merged / "NOTICE").exists():
         (merged / "NOTICE").write_text(NOTICE, encoding="utf-8")
@@ -116,10 +118,12 @@ def merge(adapter, base, run, output):
 
     folder, revision, name = adapter_weights.find_base(adapter, base)
     print(f"merging    {one_line(adapter)} into {one_line(name)}")
-    device, dtype = merging.choose_device(folders.weight_bytes(folder), output.absolute().parent)
+    device, dtype = merging.choose_device(gemma_folder.bf16_bytes(folder), output.absolute().parent)
     part = atomic.part_path(output)
     shutil.rmtree(part, ignore_errors=True)
     try:
+        if dtypes := gemma_folder.rounded_from(folder):
+            print(f"base       {' and '.join(dtypes)} in its files, merged as it is rounded to bf16")
         model, tokenizer = merging.load_with_adapter(folder, adapter, device, dtype)
         before = probe_answers.answer_probes(model, tokenizer)
         merging.save_merged(model, part)
@@ -129,7 +133,9 @@ def merge(adapter, base, run, output):
 
         changed, untouched = merge_proof.prove_weights(folder, adapter, part)
         print(f"proof      {changed} modules changed, each by B·A·alpha/r within bf16 rounding")
-        print(f"           {untouched} other tensors are the base's, bit for bit")
+        print(
+            f"           {untouched} other tensors are the base's{' in bf16' if dtypes else ''}, bit for bit"
+        )
         merged = loading.load_base(str(part), None, device, dtype).eval()
         print("           read back from disk: no key missing, unexpected or of another shape", flush=True)
         after = probe_answers.answer_probes(merged, tokenizer)

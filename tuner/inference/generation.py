@@ -7,7 +7,7 @@ from transformers import StoppingCriteriaList
 from tuner.data import batching
 from tuner.inference import cuda_decoding
 from tuner.inference.judging import MAX_NEW_TOKENS, Answer
-from tuner.model import folders, gemma_tokenizer, loading
+from tuner.model import gemma_folder, gemma_tokenizer, loading
 from tuner.system import devices
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, adapter_weights
@@ -38,7 +38,7 @@ def load_model(folder, name, bits, quantization_config):
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda:0", devices.gpu_dtype()) if on_gpu else ("cpu", devices.CPU_DTYPE)
     if on_gpu and bits is None:
-        needed = WEIGHTS_ROOM * folders.weight_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
+        needed = WEIGHTS_ROOM * gemma_folder.bf16_bytes(folder) * dtype.itemsize / torch.bfloat16.itemsize
         free, _ = torch.cuda.mem_get_info()
         if needed > free:
             raise UserError(

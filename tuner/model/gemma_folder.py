@@ -1,6 +1,7 @@
 """Look into a model folder before transformers does: a whole Gemma 3, and nothing in it that runs."""
 
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,10 +38,9 @@ def check(folder, name, cure):
     if Path(folder, "adapter_config.json").exists():  # transformers would put that adapter on the model
         raise UserError(f"{name} has an adapter_config.json beside the model; move the adapter out")
     check_json(folder, name, cure)
-    for path in folders.weight_files(folder):
-        for tensor, dtype in dtypes(path, name).items():
-            if dtype not in DTYPES:
-                raise UserError(f"{name} has weights in {dtype} ({printable(tensor)}); {UNQUANTIZED}")
+    for tensor, (dtype, _) in read_headers(folder, name).items():
+        if dtype not in DTYPES:
+            raise UserError(f"{name} has weights in {dtype} ({printable(tensor)}); {UNQUANTIZED}")
 
 
 def check_json(folder, name, cure):
@@ -82,14 +82,38 @@ def read_json(path, name):
     return values
 
 
-def dtypes(path, name):
-    """Return {tensor: its dtype, such as BF16} of a safetensors file; raise UserError if it is damaged."""
-    try:
-        with safe_open(path, "np") as file:
-            names = file.keys()
-            return {tensor: file.get_slice(tensor).get_dtype() for tensor in names}
-    except (OSError, SafetensorError) as error:
-        raise damaged(name, path.name, error) from error
+def read_headers(folder, name):
+    """Return {tensor: (dtype, such as BF16, shape)} of a folder's weights; raise UserError if damaged."""
+    headers = {}
+    for path in folders.weight_files(folder):
+        try:
+            with safe_open(path, "np") as file:
+                slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118
+                headers |= {t: (part.get_dtype(), part.get_shape()) for t, part in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise damaged(name, path.name, error) from error
+    return headers
+
+
+def bf16_bytes(folder):
+    """Return how many bytes a complete model's weights take in bf16, whatever they are in."""
+    return sum(2 * math.prod(shape) for _, shape in read_headers(folder, folder).values())
+
+
+def rounded_from(folder):
+    """Return what a complete model's weights are in beside bf16: F16, F32, both or, mostly, nothing."""
+    return sorted({dtype for dtype, _ in read_headers(folder, folder).values()} - {"BF16"})
+
+
+def declare_bf16(path):
+    """Say in a config.json that the weights are in bf16; one that says so already is left as it is."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    parts = [config, *(config[part] for part in TYPES if config.get(part))]
+    declared = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
+    if any(part[key] != "bfloat16" for part, key in declared):
+        for part, key in declared:
+            part[key] = "bfloat16"
+        path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def damaged(name, file, error):

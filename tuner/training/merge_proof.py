@@ -7,27 +7,34 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tuner.model import folders
+from tuner.system.console import printable
 from tuner.system.errors import UserError
 from tuner.training import adapter_config, adapter_folder
 
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"  # their canonical names
 ROUNDING = 2.0**-8  # of a value rounded to bf16 (8 bits of significand), relative
 
 
 def prove_weights(base, adapter, merged):
     """Compare all tensors of the folder `merged` with base and adapter; return (changed, untouched) counts.
 
-    Raise UserError for a tensor that is neither the base's nor the sum of both.
+    The base is what its tensors are in bf16. Raise UserError for a tensor that is neither the base's nor the
+    sum of both.
     """
     before, after = tensor_files(base), tensor_files(merged)
+    drop_tied_head(before, after)
     if set(before) != set(after):
         name = sorted(set(before) ^ set(after))[0]
-        raise UserError(f"base and merged model differ in which tensors they have ({name}); nothing was kept")
+        raise UserError(
+            f"base and merged model differ in which tensors they have ({printable(name)}); nothing was kept"
+        )
     deltas = adapter_deltas(adapter, before)
     for name in before:
-        with safe_open(before[name], "pt") as base_file, safe_open(after[name], "pt") as merged_file:
-            old, new = base_file.get_tensor(name), merged_file.get_tensor(name)
+        old, new = read_tensor(before[name]).to(torch.bfloat16), read_tensor(after[name])
         if new.dtype != torch.bfloat16 or old.shape != new.shape:
             raise UserError(f"{name} is {new.dtype} {tuple(new.shape)} after merging; nothing was kept")
+        if not new.isfinite().all():
+            raise UserError(f"{name} is not finite in bf16; nothing was kept")
         if name in deltas:
             prove_sum(name, old, deltas[name], new)
         elif not torch.equal(old.view(torch.int16), new.view(torch.int16)):
@@ -36,9 +43,9 @@ def prove_weights(base, adapter, merged):
 
 
 def prove_sum(name, old, lora, new):
-    """Raise UserError unless the merged weight W' is W + B·A·alpha/r.
+    """Raise UserError unless the merged weight W' is W + B·A·scale; lora: (A, B, scale).
 
-    Rounded to bf16 once or, as PEFT does in bf16, twice (B·A first). lora: (A, B, alpha/r).
+    Rounded to bf16 once or, as PEFT does in bf16, twice (B·A first).
     """
     a, b, scale = lora
     delta = (b.float() @ a.float()) * scale
@@ -51,37 +58,51 @@ def prove_sum(name, old, lora, new):
 
 
 def adapter_deltas(adapter, names):
-    """Return {name of the base's tensor: (A, B, alpha/r)} of an adapter; names: all that the base has."""
+    """Return {name of the base's tensor: (A, B, what B·A is multiplied by)} of an adapter.
+
+    names: all that the base has, as tensor_files gives them.
+    """
     config, _ = adapter_folder.read_adapter(adapter)
     scale = adapter_config.scale(config)
     lora = load_file(Path(adapter, adapter_folder.WEIGHTS))
     deltas = {}
-    for name in lora:
-        if ".lora_A." in name:
-            module = name[: name.index(".lora_A.")]
-            deltas[hub_name(module, names)] = lora[name], lora[name.replace(".lora_A.", ".lora_B.")], scale
+    for a in lora:
+        if ".lora_A." in a:
+            name = canonical(a.removeprefix("base_model.model.").replace(".lora_A.", "."))
+            if name not in names or name in deltas:
+                raise UserError(
+                    f"{printable(a)} of the adapter matches no tensor of the base; nothing was kept"
+                )
+            deltas[name] = lora[a], lora[a.replace(".lora_A.", ".lora_B.")], scale
     return deltas
 
 
 def tensor_files(folder):
-    """Return {tensor name: path of its file} of a model folder."""
+    """Return {canonical name: (path of its file, name in it)} of a model folder's tensors."""
     names = {}
     for path in folders.weight_files(folder):
         with safe_open(path, "pt") as file:
-            names.update(dict.fromkeys(file.keys(), path))
+            names.update({canonical(name): (path, name) for name in file.keys()})  # noqa: SIM118
     return names
 
 
-def hub_name(module, names):
-    """Return the one of a checkpoint's tensor names that is the weight of a LoRA module.
+def read_tensor(place):
+    path, name = place
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
-    The class in memory and the files on the hub name the text model differently; from `layers.` on they
-    agree, and the vision tower, which has layers too, has no adapter.
+
+def canonical(name):
+    """Return what a tensor is called in all of Gemma 3's classes and in files of any age.
+
+    The text model's are `layers.0.…`, `embed_tokens.weight` and so on; the vision tower's keep their prefix.
     """
-    suffix = "." + module[module.index("layers.") :] + ".weight"
-    matches = [name for name in names if name.endswith(suffix) and "vision" not in name]
-    if len(matches) != 1:
-        raise UserError(
-            f"{module} of the adapter matches {len(matches)} tensors of the base; nothing was kept"
-        )
-    return matches[0]
+    prefixes = [part for part in name.split(".") if part not in ("model", "language_model", "vision_model")]
+    return ".".join(prefixes)
+
+
+def drop_tied_head(before, after):
+    """Take out a base's lm_head that is a copy of its embedding: transformers writes one of the two."""
+    head, embedding = before.get(HEAD), before.get(EMBEDDING)
+    if head and embedding and HEAD not in after and torch.equal(*map(read_tensor, (head, embedding))):
+        del before[HEAD]

@@ -5,11 +5,12 @@ import shutil
 import psutil
 import torch
 
-from tuner.model import gemma_tokenizer, loading
+from tuner.model import gemma_folder, gemma_tokenizer, loading
 from tuner.system import devices
 from tuner.system.errors import UserError
 from tuner.training import adapter_weights
 
+NOT_FINITE = "base and adapter add up to weights that are not finite in bf16; check the two; nothing was kept"
 SHARD_SIZE = "5GB"
 GPU_ROOM = 1.2  # of the weights' size: what merging and answering six probes takes beside them
 CPU_ROOM = 2.4  # the CPU computes in fp32: twice the bf16 weights, and the same room
@@ -44,12 +45,21 @@ def choose_device(weight_bytes, parent):
 
 
 def load_with_adapter(folder, adapter, device, dtype):
-    """Return (model, tokenizer) of the base in `folder`, unquantized, with the adapter on it."""
+    """Return (model, tokenizer) of the base in `folder`, unquantized, with the adapter on it.
+
+    A base that is not in bf16 is rounded to it first: that base, and no other, is what is merged and proved.
+    """
     model = loading.load_base(folder, None, device, dtype)
+    if gemma_folder.rounded_from(folder):
+        for weight in model.parameters():
+            weight.data.copy_(weight.data.to(torch.bfloat16))
     return adapter_weights.add_adapter(model, adapter), gemma_tokenizer.load_tokenizer(folder)
 
 
 def save_merged(model, folder):
     """Add the adapter to the weights of a PeftModel, and write these in bf16; the model is used up."""
-    merged = model.merge_and_unload(safe_merge=True).to(torch.bfloat16)
+    try:
+        merged = model.merge_and_unload(safe_merge=True).to(torch.bfloat16)
+    except ValueError as error:  # safe_merge's, for sums that are not finite
+        raise UserError(NOT_FINITE) from error
     merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
