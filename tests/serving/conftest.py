@@ -15,3 +15,9 @@ def plain(tiny_text_model):
 def echoing(echo):
     with serving(echo) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def plain_server(plain):
+    with serving(plain) as server:
+        yield server

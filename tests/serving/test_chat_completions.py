@@ -1,8 +1,7 @@
 """Chat completions: OpenAI's own client against a real server; prompts, sampling, stop strings, limits."""
 
-import asyncio
+import itertools
 import json
-import threading
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from tests.support.chat_client import TOOLS, ask, client_of, join_stream
 from tests.support.docs import client_example
 from tests.support.echo_server import CALL, END, ORDER, serving
+from tuner.data.call_stream import CallStream
 from tuner.data.tool_call import Call
 from tuner.inference import generation
 from tuner.serving import chat_completions, streaming
@@ -78,32 +78,24 @@ def test_an_answer_of_nothing(echo, echoing, monkeypatch):
     assert (content, calls, reason) == ("", [], "stop")
 
 
-def run_parts(pieces, tools=TOOLS):
-    """Return what answer_parts yields of an answer that is written in these pieces."""
-
-    async def collect():
-        queue = asyncio.Queue()
-        for piece in [*pieces, chat_completions.Finish("stop", 1)]:
-            queue.put_nowait(piece)
-        request = chat_completions.ChatCompletionRequest(messages=[], tools=tools)
-        generation = chat_completions.Generation("tuned", request, [], 1, queue, threading.Event())
-        return [part async for part in chat_completions.answer_parts(generation)]
-
-    return asyncio.run(collect())
+def run_parts(pieces):
+    """Return (the parts settled by each of these pieces, the parts that the end settles)."""
+    stream = CallStream()
+    return [stream.add(piece) for piece in pieces], stream.finish()
 
 
 @pytest.mark.parametrize(("text", "content", "calls"), ANSWERS)
 def test_pieces_cut_at_any_place_say_and_call_the_same(text, content, calls):
     for place in range(1, len(text)):
-        *settled, end = run_parts([text[:place], text[place:]])
-        assert "".join(p for p in settled if isinstance(p, str)).strip() == (content or "").strip()
-        assert [(p.name, p.arguments) for p in settled if isinstance(p, Call)] == calls
-        assert "" not in settled
-        assert end == ("stop", 1)
+        settled, last = run_parts([text[:place], text[place:]])
+        parts = [*itertools.chain(*settled), *last]
+        assert "".join(p for p in parts if isinstance(p, str)).strip() == (content or "").strip()
+        assert [(p.name, p.arguments) for p in parts if isinstance(p, Call)] == calls
+        assert "" not in parts
 
 
 def test_text_is_held_back_only_where_a_call_may_begin():
-    assert run_parts(["5 <", " 6 <tool", "box>"])[:-1] == ["5 ", "< 6 ", "<toolbox>"]
+    assert run_parts(["5 <", " 6 <tool", "box>"]) == ([["5 "], ["< 6 "], ["<toolbox>"]], [])
 
 
 # ----------------------------------------------------------------------------- prompts and generation
@@ -254,6 +246,26 @@ def test_a_stop_string_is_never_emitted_and_nothing_else_is_lost(text, stops):
     assert any(text.startswith(emitted + stop) for stop in stops)
 
 
+BORDER_NUMBERS = [
+    {"temperature": 1e-40},
+    {"temperature": 5e-324, "top_p": 5e-324},
+    {"temperature": 1e-5, "top_p": 1e-300},
+    {"temperature": 1, "top_p": 1, "seed": -(2**63)},
+    {"temperature": 2.0, "top_p": 1 - 2**-53, "seed": 2**63 - 1},
+    {"temperature": -0.0, "top_p": 1e-40},
+    {"temperature": 2, "max_tokens": 3.0, "seed": 1e18, "n": 1.0},
+]
+
+
+@pytest.mark.parametrize("more", BORDER_NUMBERS)
+def test_numbers_at_the_border_of_what_may_be_asked_give_an_answer(plain, plain_server, more):
+    choice = ask(plain_server, "Привет", **{"max_tokens": 3, **more})
+    assert choice.usage.completion_tokens == 3
+    if more["temperature"] < 1:  # so small that only the likeliest token is drawn
+        greedy = generation.answer_all(*plain, [[{"role": "user", "content": "Привет"}]])[0].ids[:3]
+        assert choice.choices[0].message.content == plain[1].decode(greedy)
+
+
 def test_how_many_tokens_an_answer_may_have(echoing, monkeypatch):
     monkeypatch.setattr(chat_completions, "MAX_COMPLETION_TOKENS", 7)
     text = "0123456789"
@@ -269,8 +281,9 @@ def test_how_many_tokens_an_answer_may_have(echoing, monkeypatch):
         assert answer.choices[0].finish_reason == ("length" if length < 11 else "stop")
 
 
-def test_where_no_number_is_given_what_is_left_of_the_context_is_enough(echoing):
-    answer = ask(echoing, "ъ" * 4060)
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 5000}, {"max_completion_tokens": 10**400}])
+def test_an_answer_may_not_be_longer_than_what_is_left_of_the_context(echoing, more):
+    answer = ask(echoing, "ъ" * 4060, **more)
     assert answer.usage.prompt_tokens > 4096 - chat_completions.MAX_COMPLETION_TOKENS
     assert answer.usage.total_tokens == 4096
     assert answer.choices[0].finish_reason == "length"

@@ -45,10 +45,17 @@ BAD = [
     ({"messages": [USER], "temperature": 2.1}, 400, "temperature: ", "temperature"),
     ({"messages": [USER], "temperature": "1"}, 400, "temperature: ", "temperature"),
     ({"messages": [USER], "temperature": float("nan")}, 400, "temperature: ", "temperature"),
+    ({"messages": [USER], "temperature": 1e308}, 400, "temperature: ", "temperature"),
+    ({"messages": [USER], "top_p": float("-inf")}, 400, "top_p: ", "top_p"),
+    ({"messages": [USER], "seed": float("inf")}, 400, "seed: ", "seed"),
+    ({"messages": [USER], "seed": 1.5}, 400, "seed: ", "seed"),
+    ({"messages": [USER], "max_tokens": True}, 400, "max_tokens: ", "max_tokens"),
     ({"messages": [USER], "top_p": 0}, 400, "top_p: ", "top_p"),
     ({"messages": [USER], "seed": 2**63}, 400, "seed: ", "seed"),
     ({"messages": [USER], "stop": ["a"] * 5}, 400, STOP, "stop"),
     ({"messages": [USER], "stop": ""}, 400, STOP, "stop"),
+    ({"messages": [USER], "stop": "a" * 501}, 400, STOP, "stop"),
+    ({"messages": [USER], "stop": ["a" * 250_000, "b" * 250_000]}, 400, STOP, "stop"),
     ({"messages": [USER], "stop": [""]}, 400, STOP, "stop"),
     ({"messages": [USER], "max_tokens": 0}, 400, "max_tokens: ", "max_tokens"),
     ({"messages": [USER], "max_completion_tokens": -1}, 400, "max_completion", "max_completion_tokens"),
@@ -57,7 +64,8 @@ BAD = [
     ({"messages": [USER], "presence_penalty": 1}, 400, "presence_penalty: ", "presence_penalty"),
     ({"messages": [USER], "frequency_penalty": 0.5}, 400, "frequency_penalty: ", "frequency_penalty"),
     ({"messages": [USER], "model": "gpt-\x1b[31m"}, 404, '"gpt-\ufffd[31m" not found', "model"),
-    ({"messages": [USER], "max_tokens": 4090}, 400, "exceed the context of 4096", "max_tokens"),
+    ({"messages": [USER] * 4097}, 400, "4097 messages exceed the context of 4096", "messages"),
+    ({"messages": [{"role": "user", "content": "a" * 130_000}]}, 400, "130000 characters exceed", "messages"),
     ({"messages": [{"role": "user", "content": "ъ" * 4096}]}, 400, "exceed the context of 4096", "messages"),
 ]  # fmt: skip
 
@@ -81,7 +89,7 @@ def test_the_clients_own_errors(echoing):
         ask(echoing, "a", model="gpt-4")
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as error:
-        ask(echoing, "a", max_tokens=5000, stream=True)
+        ask(echoing, "a" * 4096, stream=True)
     assert error.value.code == "context_length_exceeded"
 
 

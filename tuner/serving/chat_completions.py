@@ -8,7 +8,7 @@ import uuid
 from typing import Annotated, Literal, NamedTuple
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tuner.data import chat_rows, tool_call
 from tuner.inference.generation import prompt_ids
@@ -17,8 +17,19 @@ from tuner.system.console import printable
 MAX_COMPLETION_TOKENS = 512  # where the request names no other number
 ROUTES = "available: /v1/chat/completions, /v1/models, /health and the page at /"
 INTERNAL_ERROR = {"message": "internal server error; see the server's log"}
-NonEmpty = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
+MAX_STOP = 500  # characters of a stop string, each compared with every piece of an answer
+LONGEST_TOKEN = 31  # characters, in Gemma's vocabulary: a run of spaces, tabs or line ends
+
+
+def to_int(value):
+    """Return a float that is a whole number as an int; clients of some languages write 1.0 for 1."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(to_int)]
+Positive = Annotated[Whole, Field(ge=1)]
+Objects = Annotated[list[dict], Field(fail_fast=True)]  # 250,000 faults of one list take a second to report
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 
 
 # ------------------------------------------------------------------------------------------ requests
@@ -36,9 +47,9 @@ class ChatCompletionRequest(BaseModel):
     """A request. A field's type refuses what cannot be done; fields not named here are ignored."""
 
     model_config = ConfigDict(strict=True)
-    messages: list[dict]
+    messages: Objects
     model: str | None = None
-    tools: list[dict] | None = None
+    tools: Objects | None = None
     tool_choice: Literal["auto", "none"] | None = None  # no call can be forced: the model decides
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -46,8 +57,8 @@ class ChatCompletionRequest(BaseModel):
     max_completion_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # 0 if not given: what compare.py judges
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=4)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
     n: Literal[1] | None = None
     response_format: TextFormat | None = None
     logprobs: Literal[False] | None = None
@@ -63,7 +74,7 @@ class Generation(NamedTuple):
     request: ChatCompletionRequest
     prompt_ids: list
     max_new_tokens: int
-    output: asyncio.Queue  # the answer as it is written: pieces of text, at last a Finish or an exception
+    output: asyncio.Queue  # the answer's text (str) and calls (Call), at last a Finish or an exception
     disconnected: threading.Event  # the client no longer waits for the answer
 
 
@@ -92,7 +103,8 @@ def parse_request(body):
         fault = error.errors(include_url=False, include_input=False)[0]
         field, reason = ".".join(map(str, fault["loc"])), fault["msg"]
         if field.startswith("stop"):  # of two types, and pydantic reports the first alone
-            field, reason = "stop", "expected a string, or up to 4, none of them empty"
+            reason = f"expected a string, or up to 4, none of them empty or longer than {MAX_STOP} characters"
+            field = "stop"
         elif field == "tool_choice":
             reason = 'forcing a call is not supported; use "auto" or "none"'
         text = printable(f"{field}: {reason}" if field else reason, 200)
@@ -102,12 +114,15 @@ def parse_request(body):
 def make_generation(request, names, tokenizer, context):
     """Return the Generation for a request to one of the models `names`, the first if it names none.
 
-    context: tokens of prompt and answer together. Raise an HTTP error for a model that is not served, and for
-    messages that are wrong or do not fit.
+    context: tokens of prompt and answer together; max_tokens beyond it are cut to what fits. Raise an HTTP
+    error for a model that is not served, and for messages that are wrong or do not fit; what cannot fit is
+    not tokenized.
     """
     if request.model not in (None, *names):
         text = f'model "{printable(request.model)}" not found; available: {", ".join(names)}'
         raise http_error(404, text, "model_not_found", "model")
+    if len(request.messages) > context:
+        raise too_long(f"{len(request.messages)} messages", context)
     messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in request.messages]
     try:
         messages = chat_rows.validate_and_render(messages)
@@ -117,35 +132,34 @@ def make_generation(request, names, tokenizer, context):
     if messages[-1]["role"] not in ("user", "tool"):
         text = f'the last message is from "{messages[-1]["role"]}"; it must be from "user" or "tool"'
         raise http_error(400, text, param="messages")
+    characters = sum(len(message["content"].strip()) for message in messages)
+    if characters > context * LONGEST_TOKEN:
+        raise too_long(f"{characters} characters", context)
     ids = prompt_ids(tokenizer, messages)
-    requested = request.max_completion_tokens or request.max_tokens
-    max_new_tokens = requested or max(1, min(MAX_COMPLETION_TOKENS, context - len(ids)))
-    if len(ids) + max_new_tokens > context:
-        text = f"{len(ids)} prompt tokens + {max_new_tokens} for the answer exceed the context of {context}"
-        raise http_error(400, text, "context_length_exceeded", "max_tokens" if requested else "messages")
+    if len(ids) >= context:
+        raise too_long(f"{len(ids)} prompt tokens + 1 for the answer", context)
+    asked = request.max_completion_tokens or request.max_tokens or MAX_COMPLETION_TOKENS
+    max_new_tokens = min(asked, context - len(ids))
     model = request.model or names[0]
     return Generation(model, request, ids, max_new_tokens, asyncio.Queue(), threading.Event())
+
+
+def too_long(what, context):
+    text = f"{what} exceed the context of {context}"
+    return http_error(400, text, "context_length_exceeded", "messages")
 
 
 # ------------------------------------------------------------------------------------------- answers
 
 
 async def answer_parts(generation):
-    """Yield the answer's text (str) and calls (Call) as soon as they are settled, at last the Finish."""
-    request = generation.request
-    parses_calls, held_back, piece = bool(request.tools) and request.tool_choice != "none", "", ""
-    while not isinstance(piece, Finish):
-        piece = await generation.output.get()
-        if isinstance(piece, BaseException):
-            raise piece
-        text = piece if isinstance(piece, str) else ""
-        settled = [text]
-        if parses_calls:
-            settled, held_back = tool_call.split_text(held_back + text, more=text != "")
-        for part in settled:
-            if part != "":
-                yield part
-    yield piece
+    """Yield the answer's text (str) and calls (Call) as they are written, at last the Finish."""
+    part = None
+    while not isinstance(part, Finish):
+        part = await generation.output.get()
+        if isinstance(part, BaseException):
+            raise part
+        yield part
 
 
 def openai_call(call):

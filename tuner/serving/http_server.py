@@ -18,7 +18,6 @@ from starlette.requests import ClientDisconnect
 
 from tuner.serving.chat_completions import (
     INTERNAL_ERROR,
-    ChatCompletionRequest,
     complete_answer,
     error_body,
     http_error,
@@ -37,6 +36,7 @@ MAX_BODY = 2**19  # bytes; CONTEXT tokens of Cyrillic, each letter written as \u
 BODY_SECONDS = 10  # that it may take to come
 CONTEXT = 8192  # tokens, prompt and answer; on 4B their cache takes 1.1 GB beside the weights
 QUEUE = 16  # requests that wait for the one being answered; more are refused
+STOPPING = "the server is stopping"
 RETRY_AFTER = 2  # seconds, the Retry-After of these
 
 
@@ -58,8 +58,8 @@ def authorize(request, key):
             raise http_error(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def read_request(request: Request):
-    """Return the body as a ChatCompletionRequest; raise an HTTP error if it is none."""
+async def read_body(request: Request):
+    """Return the body, bytes that are called JSON; raise an HTTP error if they are too many or too slow."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise http_error(415, "the content type must be application/json")  # which no foreign form can send
     body, size, announced = bytearray(), 0, int(request.headers.get("content-length", 0))
@@ -82,7 +82,7 @@ async def read_request(request: Request):
     if max(size, announced) > MAX_BODY:
         text, close = f"the request is larger than {MAX_BODY} bytes", {"Connection": "close"}
         raise http_error(413, text, "request_too_large", headers=close)
-    return parse_request(bytes(body))
+    return bytes(body)
 
 
 # --------------------------------------------------------------------------------------- the service
@@ -98,8 +98,11 @@ class ChatService:
     def __init__(self, model, tokenizer, names, key):
         self.model, self.tokenizer, self.names, self.key = model, tokenizer, names, key
         self.context = min(CONTEXT, model.config.get_text_config().max_position_embeddings)
+        # Of 500 KB each may take a second, in which the event loop answers others.
+        self.preparer, self.preparing = ThreadPoolExecutor(1), 0
         self.worker = ThreadPoolExecutor(1)
         self.generations = {}  # those asked for and not yet finished, by the task that watches the client
+        self.stopping = False
         self.page, self.page_policy = read_page()
 
     def make_app(self):
@@ -125,27 +128,37 @@ class ChatService:
     def fail(self, request, error):
         return JSONResponse(error_body(500, INTERNAL_ERROR), 500)
 
-    async def chat(self, request: Request, body: Annotated[ChatCompletionRequest, Depends(read_request)]):
-        if len(self.generations) > QUEUE:
+    async def chat(self, request: Request, body: Annotated[bytes, Depends(read_body)]):
+        if len(self.generations) + self.preparing > QUEUE:
             text = f"{QUEUE} requests are waiting already; try again in {RETRY_AFTER} s"
             raise http_error(429, text, "queue_full", headers={"Retry-After": str(RETRY_AFTER)})
-        generation = make_generation(body, self.names, self.tokenizer, self.context)
         loop = asyncio.get_running_loop()
+        self.preparing += 1
+        try:
+            generation = await loop.run_in_executor(self.preparer, self.prepare, body)
+        finally:
+            self.preparing -= 1
+        if self.stopping:
+            raise http_error(503, STOPPING)
 
-        def emit(piece):
-            loop.call_soon_threadsafe(generation.output.put_nowait, piece)
+        def emit(part):
+            loop.call_soon_threadsafe(generation.output.put_nowait, part)
 
         future = self.worker.submit(self.generate, generation, emit)
         watch = asyncio.create_task(self.cancel_on_disconnect(request, generation, future))
         self.generations[watch] = generation
         watch.add_done_callback(self.generations.pop)
-        if body.stream:
+        if generation.request.stream:
             headers = {"Cache-Control": "no-store", "Content-Type": "text/event-stream"}
             return StreamingResponse(stream_events(generation), headers=headers)
         return JSONResponse(await complete_answer(generation))
 
+    def prepare(self, body):
+        """Return the Generation that a body asks for; raise an HTTP error; in the preparer's thread."""
+        return make_generation(parse_request(body), self.names, self.tokenizer, self.context)
+
     def generate(self, generation, emit):
-        """Emit an answer's pieces, then its Finish or the exception that ended it; in the worker's thread."""
+        """Emit an answer's parts, then its Finish or the exception that ended it; in the worker's thread."""
         started = time.perf_counter()
         tuned = generation.model == self.names[0]
         try:
@@ -199,8 +212,9 @@ class Server(uvicorn.Server):
         self.on_start()
 
     async def shutdown(self, sockets=None):
+        self.service.stopping = True
         for generation in self.service.generations.values():
-            generation.output.put_nowait(http_error(503, "the server is stopping"))
+            generation.output.put_nowait(http_error(503, STOPPING))
         await super().shutdown(sockets)
 
 

@@ -4,9 +4,12 @@ import re
 
 import torch
 
+from tuner.data.call_stream import CallStream
 from tuner.inference import generation as decoding
 from tuner.serving.chat_completions import Finish
 
+# Below it an answer is greedy, which sampling comes to: divided by 1e-40, logits are infinite in fp32.
+MIN_TEMPERATURE = 1e-5
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token that is one byte of a character, or of several
 
 
@@ -44,16 +47,33 @@ def split_at_stop(text, stops):
     positions = [text.find(stop) for stop in stops if stop in text]
     if positions:
         return text[: min(positions)], "", True
-    beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
-    held_back = max((len(b) for b in beginnings if text.endswith(b)), default=0)
-    return text[: len(text) - held_back], text[len(text) - held_back :], False
+    settled = min((stop_beginning(text, stop) for stop in stops), default=len(text))
+    return text[:settled], text[settled:], False
+
+
+def stop_beginning(text, stop):
+    """Return where the longest end of text starts that a stop string begins with, its length if none does."""
+    start = max(0, len(text) - len(stop) + 1)
+    while (start := text.find(stop[0], start)) >= 0 and not stop.startswith(text[start:]):
+        start += 1
+    return start if start >= 0 else len(text)
 
 
 def stream_answer(model, tokenizer, generation, emit):
-    """Generate an answer and emit(text) its pieces as they are settled; return the Finish."""
+    """Generate an answer, emit(part) its text (str) and calls (Call) as they are settled; return the Finish.
+
+    Calls are looked for if the request has tools that may be called.
+    """
     request, ends = generation.request, decoding.end_tokens(model)
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    stream = TextStream(tokenizer, stops, emit)
+    calls = CallStream()
+
+    def emit_parts(text):
+        for part in calls.add(text):
+            emit(part)
+
+    parses_calls = request.tools and request.tool_choice != "none"
+    stream = TextStream(tokenizer, stops, emit_parts if parses_calls else emit)
     count, ended = 0, False
 
     def on_token(tokens):
@@ -65,9 +85,11 @@ def stream_answer(model, tokenizer, generation, emit):
         return ended or stream.stopped or generation.disconnected.is_set()
 
     settings = {"max_new_tokens": generation.max_new_tokens}
-    if request.temperature:
+    if request.temperature and request.temperature >= MIN_TEMPERATURE:
         settings |= {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p}
         torch.seed() if request.seed is None else torch.manual_seed(request.seed)
     decoding.generate(model, tokenizer, [generation.prompt_ids], on_token, **settings)
     stream.finish()
+    for part in calls.finish():
+        emit(part)
     return Finish("stop" if ended or stream.stopped else "length", count)

@@ -23,6 +23,7 @@ from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # vLLM loads this file by its path
 from tuner.data import tool_call
+from tuner.data.call_stream import CallStream
 
 NAME = "tool_call_tag"
 
@@ -35,7 +36,7 @@ class TagToolParser(ToolParser):
 
     def __init__(self, tokenizer, tools=None):
         super().__init__(tokenizer, tools)
-        self.held_back = ""
+        self.calls = CallStream()
 
     def extract_tool_calls(self, model_output, request):
         """Return the calls of a whole answer, and the text around them (None if blank)."""
@@ -61,13 +62,11 @@ class TagToolParser(ToolParser):
         request,
     ):
         """Return as a DeltaMessage what a further piece of an answer settles, or None."""
-        parts, self.held_back = tool_call.split_text(self.held_back + delta_text, more=True)
-        return self.message(parts)
+        return self.message(self.calls.add(delta_text))
 
     def finish_streaming(self):
         """Return what was held back, at the end of the answer, as extract_tool_calls_streaming does."""
-        parts, self.held_back = tool_call.split_text(self.held_back)
-        return self.message(parts)
+        return self.message(self.calls.finish())
 
     def message(self, parts):
         """Return the DeltaMessage of text and calls, None if there are none; note the calls for vLLM."""
