@@ -134,11 +134,9 @@ def seen_in_training(adapter, run, questions):
 def compare_endpoint(args, questions):
     """Ask a served model, print and write the judgment; return the exit code. torch is not imported."""
     print(f"endpoint {args.endpoint}: {len(PROBES)} probes, {len(questions.lines)} rows", flush=True)
-    needed = filter(None, questions.expected)
-    tools = list(dict.fromkeys(call.name for expected in needed for call in expected.calls))
     started = time.perf_counter()
     model, listed, replies, tools_refused = endpoint.ask(
-        args.endpoint, args.model, questions.conversations, questions.sources, tools
+        args.endpoint, args.model, questions.conversations, questions.sources, questions.tools
     )
     seconds = round(time.perf_counter() - started, 1)
     others = f" (the first of {listed} listed)" if listed > 1 else ""

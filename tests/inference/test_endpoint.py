@@ -16,6 +16,7 @@ import pytest
 
 import compare
 from tests.support.chat_server import Endpoint, calling, completion
+from tests.support.rows import GOOD, USER, call
 from tests.support.scripts import run_main
 from tuner.data import chat_rows, tool_call
 from tuner.inference import endpoint, judging
@@ -159,7 +160,7 @@ def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
             TAG.replace("}", "&quot;id&quot;:1}"),
             "arguments differ from the expected ones",
         ),
-        (calling((NAME, None)), TAG.replace("{}", "null"), tool_call.NO_OBJECT),
+        (calling((NAME, [])), TAG.replace("{}", "[]"), tool_call.NO_OBJECT),
         (completion(TAG, "length"), TAG, "truncated at 80 tokens"),
         (completion(None), "", "no call"),
         (completion(odd), odd.replace("\ud83d", "?"), "no call"),
@@ -182,9 +183,54 @@ def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
             assert reported is None
 
 
-def test_parsed_arguments_may_be_an_object(serve):
-    server = serve(lambda body: calling((NAME, {})) if needs(body) else completion("Да."))
+@pytest.mark.parametrize("arguments", [{}, "", " \n", None, "{ }"])
+def test_no_arguments_are_an_empty_object(serve, arguments):
+    server = serve(lambda body: calling((NAME, arguments)) if needs(body) else completion("Да."))
     assert run(server.url) == 0
+
+
+def test_a_call_without_arguments_at_all_has_none():
+    response = calling((NAME, None))
+    del response["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
+    assert endpoint.parse_reply(response).text == TAG
+
+
+@pytest.mark.parametrize("row", GOOD, ids=lambda row: str(len(row["messages"])))
+def test_a_conversation_is_sent_in_openais_form_and_read_back_as_it_was(row, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(row), encoding="utf-8")
+    ((_, rendered),) = chat_rows.read_rows(tmp_path / "rows.json")
+    rendered = rendered["messages"]
+    sent = endpoint.openai_messages(rendered)
+    assert chat_rows.validate_and_render(sent) == [
+        {key: value for key, value in message.items() if key != "weight"} for message in rendered
+    ]
+    called = {}
+    for message in sent:
+        assert set(message) <= {"role", "content", "tool_calls", "tool_call_id"}
+        called |= {c["id"]: c["function"]["name"] for c in message.get("tool_calls", [])}
+    answered = [m["tool_call_id"] for m in sent if m["role"] == "tool"]
+    assert [called[i] for i in answered] == [m["name"] for m in rendered if m["role"] == "tool"]
+    assert answered == list(called)
+    assert all(len(i) == 9 and i.isalnum() for i in called)
+
+
+def test_results_of_tools_are_sent_as_such_and_the_tools_called_before_are_declared(serve, tmp_path):
+    calls = [call("a", "get_rate", '{"of": "USD"}'), call("b")]
+    question = [USER, {"role": "assistant", "content": "Секунду.", "tool_calls": calls}]
+    question += [{"role": "tool", "tool_call_id": i, "content": f"<{i}>"} for i in ("b", "a")]
+    row = {"messages": [*question, {"role": "assistant", "content": "Сто."}]}
+    (tmp_path / "rows.json").write_text(json.dumps(row))
+    server = serve()
+    run(server.url, "--data", f"{tmp_path}/rows.json")
+    (body,) = [b for _, _, _, b in server.requests if b and len(b["messages"]) > 1]
+    _, assistant, *results = body["messages"]
+    assert assistant["content"] == "Секунду."
+    functions = [c["function"] for c in assistant["tool_calls"]]
+    assert [f["name"] for f in functions] == ["get_rate", NAME]
+    assert [json.loads(f["arguments"]) for f in functions] == [{"of": "USD"}, {}]
+    ids = [c["id"] for c in assistant["tool_calls"]]
+    assert [(r["tool_call_id"], r["content"]) for r in results] == [(ids[0], "<a>"), (ids[1], "<b>")]
+    assert [tool["function"]["name"] for tool in body["tools"]] == [NAME, "get_rate"]
 
 
 def test_every_function_that_the_rows_call_is_declared(serve, tmp_path):

@@ -333,9 +333,9 @@ def test_a_missing_base_is_named_with_the_adapter_that_needs_it(text_adapter, tm
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "./nope"
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    needs = f"the adapter in {adapter} needs it; name the base's folder, or its name on the hub, with --base\n"
-    refused(run(adapter, tmp_path / "out"), f"nope does not exist; {needs}")
-    refused(run(adapter, tmp_path / "out", "--base", "./none"), f"none does not exist; {needs}")
+    needs = f"does not exist; the adapter in {adapter} needs it; name the base's folder, or its name"
+    refused(run(adapter, tmp_path / "out"), f"./nope {needs}")
+    refused(run(adapter, tmp_path / "out", "--base", "./none"), f"./none {needs}")
 
 
 # ----------------------------------------------------------------------------------- signals and kills

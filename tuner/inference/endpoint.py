@@ -1,10 +1,12 @@
 """Ask an OpenAI-style endpoint for answers; where none comes, say in one line why."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
 import time
+from contextlib import suppress
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -91,7 +93,7 @@ async def _ask(url, model, conversations, sources, tools):
         bar = tqdm(total=len(conversations), desc="answering", unit="row", leave=False, disable=None)
 
         async def ask_one(number):
-            body = {**settings, **declared, "messages": conversations[number]}
+            body = {**settings, **declared, "messages": openai_messages(conversations[number])}
             async with semaphore:
                 try:
                     reply = parse_reply(await _send(client, "POST", "chat/completions", body))
@@ -210,6 +212,33 @@ def _reason(response, content, client):
     return printable(text.strip() or response.reason_phrase or "no reason given", 200)
 
 
+def openai_messages(messages):
+    """Return rendered messages in OpenAI's form: an assistant's calls that have results are parsed again.
+
+    Calls without results stay text, as the model wrote them.
+    """
+    sent = []
+    for number, message in enumerate(messages):
+        role, text = message["role"], message["content"]
+        if role == "tool":
+            continue
+        sent.append({"role": role, "content": text})
+        results = list(itertools.takewhile(lambda m: m["role"] == "tool", messages[number + 1 :]))
+        if not results:
+            continue
+        parts, _ = tool_call.split_text(text)
+        calls = [part for part in parts if isinstance(part, tool_call.Call)][-len(results) :]
+        tags = "\n".join(tool_call.format_call(call.name, call.arguments) for call in calls)
+        words = text.removesuffix(tags).removesuffix("\n")
+        ids = [f"call{len(sent):03}{i:02}" for i in range(len(calls))]  # nine characters, as Mistral's wants
+        functions = [{"name": call.name, "arguments": json.dumps(call.arguments)} for call in calls]
+        parsed = [{"id": i, "type": "function", "function": f} for i, f in zip(ids, functions, strict=True)]
+        sent[-1] |= {"content": words or None, "tool_calls": parsed}
+        for i, result in zip(ids, results, strict=True):
+            sent.append({"role": "tool", "tool_call_id": i, "content": result["content"]})
+    return sent
+
+
 def model_names(data):
     """Return the names in a response of /models, in order; raise UserError if it is malformed."""
     models = data.get("data") if isinstance(data, dict) else None
@@ -231,11 +260,8 @@ def parse_reply(data):
         message = choice["message"]
         content, calls = message.get("content"), message.get("tool_calls") or []
         content = "" if content is None else content
-        functions = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-        tags = [
-            tool_call.format_tag(name, arguments if isinstance(arguments, str) else json.dumps(arguments))
-            for name, arguments in functions
-        ]
+        functions = [call["function"] for call in calls]
+        tags = [tool_call.format_tag(f["name"], _source(f.get("arguments"))) for f in functions]
         parts, _ = tool_call.split_text(content[:MAX_CHARACTERS])
         text = "\n".join([content] * (bool(content.strip()) or not tags) + tags)
     except (LookupError, TypeError, AttributeError, RecursionError):
@@ -243,6 +269,14 @@ def parse_reply(data):
     ended = choice.get("finish_reason") != "length" and len(text) <= MAX_CHARACTERS
     tagged = sum(isinstance(part, tool_call.Call) for part in parts)
     return Reply(_encodable(text[:MAX_CHARACTERS]), ended, len(tags), tagged)
+
+
+def _source(arguments):
+    """Return a parsed call's arguments as text: as they came, or {} where there are none."""
+    with suppress(ValueError, RecursionError):
+        if tool_call.parse_arguments(arguments) == {}:
+            return "{}"
+    return arguments if isinstance(arguments, str) else json.dumps(arguments)
 
 
 def _encodable(text):

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from tuner.data import chat_rows, tool_call
+from tuner.system.console import one_line
 from tuner.system.errors import rows_error
 
 HELD_OUT = "heldout.json"
@@ -38,8 +39,16 @@ class Questions(NamedTuple):
     @property
     def sources(self):
         """Say where each question stands, for messages about it."""
-        rows = [f"{self.data}:{line}" for line in self.lines]
+        rows = [f"{one_line(str(self.data))}:{line}" for line in self.lines]
         return [f"probe {number}" for number in range(1, len(PROBES) + 1)] + rows
+
+    @property
+    def tools(self):
+        """Return the names of the functions that are called in the conversations or expected to be."""
+        texts = [m["content"] for c in self.conversations for m in c if m["role"] == "assistant"]
+        calls = [call for expected in self.expected if expected for call in expected.calls]
+        calls += [part for text in texts for part in tool_call.split_text(text)[0]]
+        return list(dict.fromkeys(call.name for call in calls if isinstance(call, tool_call.Call)))
 
 
 def load_questions(data):
