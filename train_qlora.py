@@ -81,27 +81,30 @@ def load_data(data_path):
 def preprocess_function(examples, tokenizer):
     """Turn a batch {"messages": [row, …]} into lists input_ids, attention_mask, labels, not padded.
 
-    A label is its token where the assistant speaks, `<end_of_turn>` included, and −100 elsewhere and in
-    turns of weight 0. Where the assistant begins to speak is where the template's own generation prompt ends.
-    Raise UserError where that is no prefix of the row.
+    A label is its token where the assistant speaks, `<end_of_turn>` included, and −100 elsewhere, in turns of
+    weight 0, and in a row of more than RECIPE.max_tokens, which is refused. Where the assistant begins to
+    speak is where the template's own generation prompt ends. Raise UserError where that is no prefix of the
+    row.
     """
     end_of_turn = tokenizer.convert_tokens_to_ids(chat_text.END_OF_TURN)
-    texts, spans = [], []  # of each row: its text, then the prompt of each of its answers
-    for messages in examples["messages"]:
-        answers = [i for i, message in enumerate(messages) if chat_text.is_trained(message)]
-        spans.append((len(texts), len(texts) + 1 + len(answers)))
-        texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
-        for i in answers:
-            prompt = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            texts.append(prompt)
+    rows = examples["messages"]
+    texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
     # add_special_tokens=False: the template has written <bos> already.
     tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts, ends = [], []  # the prompts of all answers, and how many there are after each row
+    for row, input_ids in zip(rows, tokens, strict=True):
+        # A longer row is refused: its prompts, each as long as the turns before it, would take for ever.
+        for i in range(len(row)) if len(input_ids) <= RECIPE.max_tokens else []:
+            if chat_text.is_trained(row[i]):
+                prompt = tokenizer.apply_chat_template(row[:i], tokenize=False, add_generation_prompt=True)
+                prompts.append(prompt)
+        ends.append(len(prompts))
+    prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
 
     batch = {"input_ids": [], "attention_mask": [], "labels": []}
-    for start, end in spans:
-        input_ids, *prompts = tokens[start:end]
+    for input_ids, start, end in zip(tokens, [0, *ends], ends, strict=False):
         labels = [-100] * len(input_ids)
-        for prompt in prompts:
+        for prompt in prompts[start:end]:
             begin = len(prompt)
             if input_ids[:begin] != prompt:
                 raise UserError(
@@ -297,7 +300,7 @@ def report_rows(path, rows, validation):
     calls = sum(chat_text.has_call(row["messages"]) for row in rows)
     print_main(f"rows       {len(rows)} of {path}: {calls} with a call, {len(rows) - calls} without")
     if rows.ignored_keys:
-        print_main(f"ignored    keys: {printable(', '.join(rows.ignored_keys), 200)}")
+        print_main(f"ignored keys: {printable(', '.join(rows.ignored_keys), 200)}")
     for mark, text in hardware.check_host_memory():
         if mark == "✗":
             print_main(f"warning    {text}")
@@ -317,7 +320,7 @@ def report_start(output, training, validation, recipe, checkpoint):
 
 def describe_data(args, recipe, rows):
     """Return what run.json says of the settings and of what the rows ask."""
-    fingerprints = {f for row in rows for f in chat_text.answer_fingerprints(row["messages"])}
+    fingerprints = {print_ for row in rows for _, print_ in chat_text.trained_prompts(row["messages"])}
     return {
         "model": args.model,
         "bits": recipe.bits,

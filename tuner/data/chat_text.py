@@ -8,6 +8,8 @@ from tuner.data import tool_call
 
 CALL_START = "<tool_call"  # a row whose last answer holds it is a call row
 END_OF_TURN = "<end_of_turn>"
+# Unicode's normalization is quadratic in a run of combining marks; no text has more than some at a letter.
+LONG_RUN = re.compile(r"([^\w\s]{30})[^\w\s]+")
 
 
 def is_call(messages):
@@ -21,8 +23,25 @@ def has_call(messages):
 
 
 def answer_fingerprints(messages):
-    """Return the fingerprint of what each trained answer answers; compare.py finds leaked rows by it."""
-    return [fingerprint(messages[:i]) for i, message in enumerate(messages) if is_trained(message)]
+    """Return the fingerprint of what each trained answer answers: of all turns before it."""
+    fingerprints, digest = [], hashlib.sha256()
+    for number, message in enumerate(messages):
+        if is_trained(message):
+            fingerprints.append(digest.hexdigest())
+        digest.update(("\n" * (number > 0) + _normalized_turn(message)).encode("utf-8", "surrogatepass"))
+    return fingerprints
+
+
+def trained_prompts(messages):
+    """Return [(turn, fingerprint), …] of all that a row's trained answers answer; turns count from 1.
+
+    That is the conversation up to the turn, and a user's turn by itself, whatever came before it. By these,
+    check.py and compare.py find what is trained on among the prompts that a model is judged by.
+    """
+    answers = [number for number, message in enumerate(messages) if is_trained(message)]
+    prompts = list(zip(answers, answer_fingerprints(messages), strict=True))
+    asked = [number for number in answers if messages[number - 1]["role"] == "user"]
+    return prompts + [(number, fingerprint([messages[number - 1]])) for number in asked]
 
 
 def message_text(message):
@@ -33,14 +52,18 @@ def message_text(message):
 
 def normalize(text):
     """Return text in lower case, ё as е, punctuation and whitespace as single spaces."""
-    text = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).lower().replace("ё", "е"))
-    return " ".join(text.split())
+    text = unicodedata.normalize("NFKC", LONG_RUN.sub(r"\1", text)).lower().replace("ё", "е")
+    return " ".join(re.sub(r"[^\w\s]", " ", text).split())
 
 
 def fingerprint(messages):
     """Return the sha256 (hex) of a conversation's normalized turns: of what an answer answers."""
-    turns = [f"{message['role']}: {normalize(message['content'])}" for message in messages]
-    return hashlib.sha256("\n".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
+    text = "\n".join(map(_normalized_turn, messages))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _normalized_turn(message):
+    return f"{message['role']}: {normalize(message['content'])}"
 
 
 def render_messages(messages):

@@ -19,6 +19,7 @@ MAX_DIGITS = 4300  # of an integer: what int() takes since Python 3.10.7, whose 
 NO_OBJECT = "the arguments are not a JSON object"
 BLANK = " \t\r\n"
 OPENING = re.compile(rf"<([{BLANK}]*)tool_call")
+CUT_OPENING = re.compile(rf"(?:<[{BLANK}]*(\w*))?\Z")
 # These two match anywhere, even nothing: empty groups show what is missing.
 ATTRIBUTE = re.compile(rf"([{BLANK}]*)([^{BLANK}=\"'<>/]*)([{BLANK}]*)(=?)([{BLANK}]*)([\"']?)")
 END = re.compile(rf"([{BLANK}]*)(/?)([{BLANK}]*)(>?)")
@@ -26,6 +27,7 @@ RAW = re.compile(rf'[{BLANK}]*({{)[{BLANK}]*"')
 REFERENCE = re.compile(r"&(#[0-9]{1,9};|#[xX][0-9a-fA-F]{1,9};|[0-9A-Za-z]{1,31};)")
 DIGITS = re.compile(r"&#[0-9]{10}")  # html.unescape gives them to int()
 CUT_REFERENCE = re.compile(r"&(#[0-9]{0,9}|#[xX][0-9a-fA-F]{0,9}|[0-9A-Za-z]{0,31})\Z")
+RAW_WINDOW = 1024  # letters of raw arguments to look at first: the next call may begin soon
 CLOSERS = {"{": "}", "[": "]"}
 JSON_MARK = re.compile(r'"[^"\\]*(?:\\.?[^"\\]*)*("?)|[][{}]')
 # One of these and the closing brackets complete any truncated JSON; TAILS are for outside a string. The long
@@ -81,7 +83,10 @@ def split_text(text, more=False):
     while start >= 0:
         call, end, reason = parse_at(text, start)
         unclosed = call and "no closing slash" in call.deviations and "closing tag" not in call.deviations
-        if more and (reason == INCOMPLETE or (unclosed and CLOSING_TAG.startswith(text[end:]))):
+        if more and (
+            reason == INCOMPLETE
+            or (unclosed and CLOSING_TAG.startswith(text[end : end + len(CLOSING_TAG) + 1]))
+        ):
             break
         if call:
             parts += [text[text_start:start], call]
@@ -138,8 +143,8 @@ def _read(text, position):
     """Return (call, end). Raise ValueError or RecursionError if there is no call."""
     opening = OPENING.match(text, position)
     if not opening:
-        start = text[position : position + 1] + text[position + 1 :].lstrip(BLANK)
-        raise ValueError(INCOMPLETE if "<tool_call".startswith(start) else "no call")
+        start = CUT_OPENING.match(text, position)
+        raise ValueError(INCOMPLETE if start and "tool_call".startswith(start[1] or "") else "no call")
     values, quotes, raw, spaces, at = {}, set(), None, opening[1] != "", opening.end()
     while len(values) < len(ATTRIBUTES):
         match = ATTRIBUTE.match(text, at)
@@ -192,18 +197,35 @@ def _value(text, start, quote, attribute):
 
 def _raw_value(text, start):
     """Do what _value does, for arguments with double quotes within double quotes."""
-    try:
-        value, end = DECODER.raw_decode(text, start)
-    except ValueError:
-        if _can_grow(text[start:]) and _unescape(text[start:]) == text[start:]:
-            raise ValueError(INCOMPLETE) from None
-        raise
-    if _unescape(text[start:end]) != text[start:end]:
+    size, whole = RAW_WINDOW, False
+    while not whole:
+        source, whole = text[start : start + size], start + size >= len(text)
+        try:
+            value, length = DECODER.raw_decode(source)
+            break
+        except ValueError:
+            if not _is_cut(source):
+                raise
+            if whole:
+                if _can_grow(source) and _unescape(source) == source:
+                    raise ValueError(INCOMPLETE) from None
+                raise
+        size *= 4
+    if _unescape(source[:length]) != source[:length]:
         raise ValueError("character references beside raw quotes")  # literal or escaped: ambiguous
-    end = END.match(text, end).end(1)
+    end = END.match(text, start + length).end(1)
     if text[end : end + 1] != '"':
-        raise ValueError("no quote after the arguments" if text[end:] else INCOMPLETE)
+        raise ValueError("no quote after the arguments" if end < len(text) else INCOMPLETE)
     return value, end + 1
+
+
+def _is_cut(source):
+    """Return whether JSON that cannot be read is wrong at its end only, where more of it may be right."""
+    try:
+        LENIENT_DECODER.raw_decode(source)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string") or error.pos > len(source) - len("-Infinity")
+    return False
 
 
 def _unescape(text):
@@ -237,6 +259,7 @@ def _short(digits):
 DECODER = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite, parse_int=_short
 )
+LENIENT_DECODER = json.JSONDecoder(parse_int=str)  # for which only the grammar can be wrong
 
 
 def _object(source):
