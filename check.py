@@ -14,11 +14,9 @@ import shutil
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 from train_qlora import DATA_PATH, RECIPE, preprocess_function
 from tuner.data import chat_rows, chat_text, label_page, labels, row_warnings
-from tuner.data.splitting import epoch_batches, split_rows, warmup_steps
 from tuner.inference.probes import HELD_OUT, PROBES, expected_answers
 from tuner.model import hub, locate
 from tuner.model.access import check_model, find_tokenizer, is_downloadable
@@ -26,7 +24,7 @@ from tuner.system import console, hardware
 from tuner.system.console import colorize, printable
 from tuner.system.errors import UserError, rows_error
 from tuner.system.scripts import run_script
-from tuner.training import adapter_folder, cost, memory_plan
+from tuner.training import adapter_folder, cost, memory_plan, run_plan
 
 GPU_PRICE = 60  # per hour, in any currency: rubles for an RTX 4090 at the time of writing
 SHOWN_PER_KIND = 20  # warnings
@@ -36,13 +34,16 @@ GREEN, RED, YELLOW, GRAY = 32, 31, 33, 90
 def main():
     """Check rows, labels, plan, cost and access, and print each; return the exit code."""
     args = parse_arguments()
-    rows = chat_rows.read_rows(args.data)
+    data = chat_rows.load(args.data)
+    rows = list(zip(data.lines, data, strict=True))
     wait_for_access = start_access_check(args.model, args.offline)  # the hub answers while rows are checked
     calls = sum(chat_text.has_call(row["messages"]) for _, row in rows)
     general = len(rows) - calls
     print(f"rows       {len(rows)} of {args.data}: {calls} with a call, {general} without", flush=True)
+    if data.ignored_keys:
+        print(f"ignored keys: {printable(', '.join(data.ignored_keys), 200)}")
     warnings = row_warnings.warnings(rows, [prompt for prompt, _ in PROBES], read_held_out(args.data))
-    show_warnings(args.data, rows, warnings)
+    show_warnings(args.data, warnings)
 
     access = wait_for_access()
     tokenizer, source = find_tokenizer(args.model, is_downloadable(access))
@@ -56,12 +57,12 @@ def main():
     if args.html:
         write_page(args.html, args.data, rows, warnings, tokenizer)
 
-    plan = plan_run(rows, counts)
-    plan_warnings = list(warn_of_plan(plan))
-    show_plan(plan)
+    plan = run_plan.plan_run(rows, counts, RECIPE)
+    plan_warnings = list(run_plan.warn_of_plan(plan, RECIPE))
+    run_plan.show_plan(plan, RECIPE)
     for text in plan_warnings:
         print(f"           {colorize('warning', YELLOW)}: {text}")
-    show_cost(cost.dimensions_of(args.model), plan.workload, args.gpu_price)
+    run_plan.show_cost(cost.dimensions_of(args.model), plan.workload, args.gpu_price, RECIPE)
 
     print()
     for mark, text in access:
@@ -94,15 +95,15 @@ def read_held_out(data_path):
     return rows
 
 
-def show_warnings(path, rows, warnings):
-    prompts = {line: row["messages"][-2]["content"] for line, row in reversed(rows)}  # of a line's first row
+def show_warnings(path, warnings):
+    """Print warnings, up to SHOWN_PER_KIND of each kind, with the turn that each is about."""
     shown = Counter()
-    for line, kind, text in warnings:
+    for line, kind, text, about in warnings:
         shown[kind] += 1
         if shown[kind] <= SHOWN_PER_KIND:
             print(f"{path}:{line}: {colorize('warning', YELLOW)}: {printable(text, 300)}")
-            if line in prompts and kind != "balance":
-                console.print_wrapped(prompts[line], "    ", "    ")
+            if about is not None:
+                console.print_wrapped(about, "    ", "    ")
     for kind, count in shown.items():
         if count > SHOWN_PER_KIND:
             print(f"… and {count - SHOWN_PER_KIND} more of the kind {kind}")
@@ -119,8 +120,8 @@ def choose_rows(rows, counts, wanted):
     if wanted == "all":
         return rows
     if wanted:
-        lines = {line for line, _ in rows}
-        if missing := sorted(set(wanted) - lines):
+        wanted = set(wanted)
+        if missing := sorted(wanted - {line for line, _ in rows}):
             raise UserError(f"--rows: no row begins on line {missing[0]}; choose lines of the file")
         return [pair for pair in rows if pair[0] in wanted]
     calls = [chat_text.is_call(row["messages"]) for _, row in rows]
@@ -147,75 +148,6 @@ def write_page(path, data_path, rows, warnings, tokenizer):
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another file") from error
     print(f"\npage       {path}: open it in a browser")
-
-
-# ------------------------------------------------------------------------------------- plan and cost
-
-
-class Plan(NamedTuple):
-    """What training will do."""
-
-    training: int  # rows
-    validation: list  # whether it is a call, for each validation row
-    steps: int
-    warmup: int  # steps
-    workload: memory_plan.Workload
-
-
-def plan_run(rows, counts):
-    """Return the Plan for rows, [(line, row), …], with their counts (labels.count_tokens)."""
-    messages = [row for _, row in rows]
-    training, validation = split_rows(messages, RECIPE)
-    batches = epoch_batches(training, 1, RECIPE)
-    steps = RECIPE.epochs * len(batches)
-    lengths, trained = zip(*counts, strict=True)
-    epoch = [[lengths[i] for i in batch] for batch in batches]
-    workload = memory_plan.Workload(epoch, max(lengths), sum(trained), sum(lengths))
-    calls = [chat_text.is_call(messages[i]["messages"]) for i in validation]
-    return Plan(len(training), calls, steps, warmup_steps(steps, RECIPE), workload)
-
-
-def warn_of_plan(plan):
-    """Yield what is likely wrong about a Plan."""
-    if not plan.validation:
-        yield "too few rows for a validation set: no evaluation, the last step's adapter is saved"
-    elif len(set(plan.validation)) < 2:
-        missing = "without" if plan.validation[0] else "with"
-        yield f"no validation row {missing} a call: the best adapter is chosen by the other kind alone"
-    if plan.steps < 2 * RECIPE.warmup_steps:
-        yield f"only {plan.steps} steps, from few rows; measured: 40 and more teach the call"
-
-
-def show_plan(plan):
-    held_out, calls = len(plan.validation), sum(plan.validation)
-    print(f"\ntokens     {plan.workload.describe()}")
-    print(f"split      {plan.training} training rows, {held_out} validation rows ({calls} with a call)")
-    schedule = (
-        f"{RECIPE.epochs} epochs, batch size {RECIPE.rows_per_step}; warm-up {plan.warmup}, then a cosine"
-    )
-    print(f"steps      {plan.steps}: {schedule}")
-    if plan.validation:
-        print(f"evaluation {RECIPE.epochs} times, once per epoch; the best one's adapter is saved at the end")
-    else:
-        print("evaluation none; the last step's adapter is saved at the end")
-    print("checkpoint each epoch, and at Ctrl-C; --resume continues from it")
-
-
-def show_cost(dims, workload, price):
-    """Print memory, time and price of training a base with these memory_plan.Dimensions."""
-    for bits in (4, 8):
-        size = cost.least_memory(dims, workload, bits, RECIPE)
-        cards = ", ".join(map(str, cost.cards_with(size)))
-        fits = f"fits GPUs of {cards} GB" if cards else "fits none of the usual GPUs"
-        print(f"memory     {bits} bits: {size / 2**30:.1f} GiB at least, faster with more; {fits}")
-    print(f"time       from start to adapter, download not included; price at {price:g} per hour:")
-    for card in cost.PUBLISHED:
-        cells = []
-        for bits in (4, 8):
-            seconds = cost.run_seconds(dims, workload, bits, card, RECIPE)
-            cells.append(f"{bits} bits {seconds:>6.0f} s {seconds * price / 3600:>7.2f}")
-        origin = "measured" if card == cost.MEASURED_ON else "scaled from that"
-        print(f"           {card:<9} {'   '.join(cells)}   {origin}")
 
 
 # -------------------------------------------------------------------------------------------- access

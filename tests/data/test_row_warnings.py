@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.rows import CALL, row
 from train_qlora import preprocess_function
-from tuner.data import chat_rows, labels, row_warnings
+from tuner.data import chat_rows, labels, row_warnings, tool_call
 from tuner.inference.probes import PROBES
 
 LEAK = "1 leak: the prompt is also {}, so its result there says nothing (data leak)"
@@ -21,7 +21,7 @@ def balanced(*rows):
 
 def warnings_of(*rows, **kwargs):
     warnings = row_warnings.warnings(balanced(*rows), **kwargs)
-    return [f"{line} {kind}: {text}" for line, kind, text in warnings]
+    return [f"{line} {kind}: {text}" for line, kind, text, _ in warnings]
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,15 @@ def test_an_argument_spelt_unlike_fifty_others_is_reported():
 def test_rows_of_one_kind_are_reported(calls, general, few):
     rows = [row(f"{chr(1072 + i)}{i}", CALL) for i in range(calls)]
     rows += [row(f"{chr(1072 + i)}{i} привет", "Да.") for i in range(general)]
-    found = [text for _, kind, text in row_warnings.warnings(list(enumerate(rows, 1))) if kind == "balance"]
+    found = [
+        text for _, kind, text, _ in row_warnings.warnings(list(enumerate(rows, 1))) if kind == "balance"
+    ]
     assert [text[: len(few or "")] for text in found] == ([few] if few else [])
 
 
 def test_a_row_with_a_call_before_its_last_answer_is_one_with_a_call():
     rows = [row("Привет", "Да.") for _ in range(5)] + [row("Баланс", CALL, "5", "Пять.") for _ in range(5)]
-    assert not [kind for _, kind, _ in row_warnings.warnings(list(enumerate(rows, 1))) if kind == "balance"]
+    assert not [w for w in row_warnings.warnings(list(enumerate(rows, 1))) if w.kind == "balance"]
 
 
 def test_near_duplicates_are_those_of_all_pairs():
@@ -156,3 +158,43 @@ def test_near_duplicates_are_those_of_all_pairs():
     assert set(found) <= set(alike)
     assert len(found) >= 0.95 * len(alike) >= 30
     assert all(alike[j][i] == index for j, (i, index) in found.items())
+
+
+def tools(**parameters):
+    return [{"type": "function", "function": {"name": n, "parameters": p}} for n, p in parameters.items()]
+
+
+def test_every_call_of_a_row_is_compared_with_its_tools():
+    declared = tools(f={"properties": {"a": {"type": "string"}}}, g=None)
+    first, second = (tool_call.format_call(name, {"a": "1", "b": 2}) for name in "fg")
+    rows = [
+        {**row("Один вопрос", "Да.", "Второй", f"Вот:\n{first}\n{second}"), "tools": declared},
+        {**row("Другое", tool_call.format_call("h", {})), "tools": declared},
+        row("Третье совсем", tool_call.format_call("f", {"a": None})),
+        {**row("Четвёртое дело", tool_call.format_call("f", {"a": "1"})), "tools": declared},
+    ]
+    assert [text for text in warnings_of(*rows) if "malformed" not in text] == [
+        '1 call: turn 4: "f" is called with b, which "tools" does not declare; add it there',
+        '1 call: turn 4: "g" is called with a, b, which "tools" does not declare; add it there',
+        '2 call: turn 2: calls "h", which "tools" does not declare; add it there',
+        '3 call: turn 2: "f" is called with null for a, as table formats fill in; leave these out, and keep '
+        '"arguments" as JSON text in tables',
+    ]
+
+
+def test_a_call_that_is_not_trained_is_no_matter():
+    untrained = row("Вопрос", CALL.replace("{}", "{"), "Ещё", CALL)
+    untrained["messages"][1]["weight"] = 0
+    assert warnings_of(untrained) == []
+
+
+def test_a_warning_shows_the_turn_that_it_is_about():
+    probe, long = PROBES[0][0], "слово " * 50 + "тут\u200b место"
+    turns = row(probe, "Да. ", "Мой aдрес", CALL + ".", long, "Нет.")
+    about = {w.kind: w.about for _, w in enumerate(row_warnings.warnings(balanced(turns), [probe]))}
+    assert about["leak"] == probe
+    assert about["whitespace"] == "Да. "
+    assert about["look-alikes"] == "Мой aдрес"
+    assert about["call"] == CALL + "."
+    assert about["invisible"].startswith("…")
+    assert about["invisible"].endswith("тут\u200b место")

@@ -5,15 +5,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import check
+import compare
+import train_qlora
 from tests.support.rows import CALL, row
 from tests.support.scripts import run_main
 from train_qlora import RECIPE, preprocess_function
-from tuner.data import chat_rows, labels, splitting, tokenized
+from tuner.data import chat_rows, labels, row_warnings, splitting, tokenized
 from tuner.system.errors import UserError
+from tuner.training import run_plan
 from tuner.training.memory_plan import GEMMA_3_4B, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +37,8 @@ def test_the_plan_is_what_training_does(tokenizer):
     path = ROOT / "examples.json"
     rows = chat_rows.read_rows(path)
     counts = labels.count_tokens(rows, tokenizer, preprocess_function)
-    plan = check.plan_run(rows, counts)
-    assert list(check.warn_of_plan(plan)) == []
+    plan = run_plan.plan_run(rows, counts, RECIPE)
+    assert list(run_plan.warn_of_plan(plan, RECIPE)) == []
     assert (plan.training, len(plan.validation), plan.steps, plan.warmup) == (63, 7, 40, 10)
     messages = [r for _, r in rows]
     examples = tokenized.tokenize_rows(path, messages, tokenizer, preprocess_function, RECIPE.max_tokens)
@@ -62,17 +66,19 @@ def test_held_out_rows_that_compare_cannot_judge_by_are_all_listed(tmp_path):
 
 def test_what_is_likely_wrong_about_a_plan_is_a_warning():
     few = [(i, row(f"а{i}", CALL)) for i in range(4)]
-    no_validation, few_steps = check.warn_of_plan(check.plan_run(few, [(10, 5)] * 4))
+    no_validation, few_steps = run_plan.warn_of_plan(run_plan.plan_run(few, [(10, 5)] * 4, RECIPE), RECIPE)
     assert no_validation.startswith("too few rows for a validation set: no evaluation")
     assert few_steps.startswith("only 10 steps")
     one_kind = [(i, row(f"а{i}", CALL)) for i in range(400)]
-    assert list(check.warn_of_plan(check.plan_run(one_kind, [(10, 5)] * 400))) == [
+    assert list(run_plan.warn_of_plan(run_plan.plan_run(one_kind, [(10, 5)] * 400, RECIPE), RECIPE)) == [
         "no validation row without a call: the best adapter is chosen by the other kind alone"
     ]
 
 
 def test_cards_and_price(capsys):
-    check.show_cost(GEMMA_3_4B, Workload([[40] * 16] * 4, longest=40, trained=1041, total=2560), 3600)
+    run_plan.show_cost(
+        GEMMA_3_4B, Workload([[40] * 16] * 4, longest=40, trained=1041, total=2560), 3600, RECIPE
+    )
     out = capsys.readouterr().out
     assert "4 bits: 3.6 GiB at least, faster with more; fits GPUs of 8, 12, 16, 24, 48 GB" in out
     assert "8 bits: 5.2 GiB at least, faster with more; fits GPUs of 8, 12, 16, 24, 48 GB" in out
@@ -161,6 +167,49 @@ def test_held_out_rows_are_found_among_the_rows(tiny_text_model, tmp_path):
     assert "rows.json:1: warning: the prompt is also line 1 of the held-out rows" in out
     _, out, _ = run_main(check.main, "--data", "heldout.json", *arguments, folder=tmp_path)
     assert "held-out rows" not in out
+
+
+def conversation(*texts, system=None, weights=()):
+    roles = ["user", "assistant"] * len(texts)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    for number, weight in weights:
+        messages[number]["weight"] = weight
+    return [{"role": "system", "content": system}] * (system is not None) + messages
+
+
+TRAINED = [
+    conversation("Мой баланс?", CALL),
+    conversation("Мой  БАЛАНС", CALL, "Ещё что-то", "Да."),
+    conversation("Привет", "Да.", "мой баланс", CALL),
+    conversation("Привет", "Да.", "Мой баланс?", CALL, "Спасибо", "Да."),
+    conversation("Мой баланс?", CALL, "Спасибо", "Да.", system="Ты банк."),
+    conversation("Мой баланс?", "Не знаю.", "Спасибо", "Да.", weights=[(1, 0)]),
+    conversation("Другое", "Да.", "И это", "Нет."),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "seen"),
+    [
+        (conversation("Мой баланс?"), [True] * 5 + [False] * 2),
+        (conversation("Привет", "Да.", "Мой баланс!"), [False, False, True, True, False, False, False]),
+        (conversation("Мой баланс?", system="Ты банк."), [False] * 4 + [True, False, False]),
+        (conversation("Другое", "Нет.", "И это"), [False] * 7),
+    ],
+)
+def test_check_py_and_compare_py_agree_on_what_was_seen(asked, seen):
+    """compare.py looks into run.json, which train_qlora.py writes of the rows; check.py into the rows."""
+    arguments = SimpleNamespace(model="", data="", output="")
+    held_out = [(3, {"messages": [*asked, {"role": "assistant", "content": CALL}]})]
+    probes = [asked[0]["content"]] if len(asked) == 1 else []
+    for messages, expected in zip(TRAINED, seen, strict=True):
+        rows = [{"messages": messages}]
+        run = train_qlora.describe_data(arguments, RECIPE, rows)
+        questions = SimpleNamespace(conversations=[asked])
+        assert compare.seen_in_training("", run, questions) == [expected], messages
+        for judges in {"held_out": held_out}, {"probes": probes}:
+            warnings = row_warnings.warnings([(1, rows[0])], **judges)
+            assert any(w.kind == "leak" for w in warnings) == (expected and list(judges.values()) != [[]])
 
 
 def test_the_page_and_the_rows_asked_for(tiny_text_model, tmp_path):

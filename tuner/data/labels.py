@@ -50,10 +50,10 @@ def format_pieces(pieces):
 
 
 def page_rows(rows, warnings, tokenizer, preprocess_function):
-    """Yield what label_page.write wants of each of the rows; warnings: [(line, kind, text), …]."""
+    """Yield what label_page.write wants of each of the rows; warnings: [RowWarning, …]."""
     texts = defaultdict(list)
-    for line, _, text in warnings:
-        texts[line].append(text)
+    for warning in warnings:
+        texts[warning.line].append(warning.text)
     for line, row in rows:
         yield {
             "line": line,

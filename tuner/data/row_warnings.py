@@ -1,14 +1,14 @@
 """Warn of what is legal in rows but likely wrong: leaks, duplicates, look-alikes, odd calls, imbalance."""
 
-import difflib
 import re
-import unicodedata
 import zlib
 from collections import defaultdict
+from typing import NamedTuple
 
 import numpy
 
-from tuner.data import chat_text, tool_call
+from tuner.data import chat_text, hidden_characters, tool_arguments, tool_call
+from tuner.system.console import printable
 
 # Near-duplicates: the similarity of two prompts is the Jaccard index of their sets of CHUNK letters; pairs to
 # compare are found by BANDS × HASHES minima of random hashes (MinHash, Broder 1997).
@@ -17,12 +17,22 @@ CHUNK = 4
 BANDS, HASHES = 12, 4
 SEED = 42  # of the hashes
 TEXTS_AT_ONCE = 1000  # hashed together, for their memory
+MAX_LENGTH_RATIO = 2  # of texts to compare: a row costs no more than its own length, however many there are
 MINORITY = 1 / 3  # a smaller share of rows with, or without, a call teaches "always", or "never"
-SIMILAR_SPELLING = 0.75  # difflib's ratio of two names: one letter in four may differ
 MISSPELLING_RATIO = 10  # a spelling is a slip if a similar one is this many times as frequent
+MIN_LETTERS, MAX_LETTERS = 4, 64  # of names whose spelling is compared; OpenAI takes names of 64
 LATIN, CYRILLIC = "aceopxykABCEHKMOPTXY", "асеорхукАВСЕНКМОРТХУ"  # which look alike
-ODD = re.compile(r"[^\w !-~«»—–…]")  # what may be invisible
-TWO_SCRIPTS = re.compile(r"[а-яё]+[a-z][а-яёa-z]*|[a-z]+[а-яё][а-яёa-z]*", re.IGNORECASE)  # in a word
+WORD = re.compile(r"[а-яёa-z]+", re.IGNORECASE)
+EXCERPT = 60  # letters of a turn before the one that a warning is about
+
+
+class RowWarning(NamedTuple):
+    """What is likely wrong on a line."""
+
+    line: int
+    kind: str
+    text: str
+    about: str | None = None  # the turn that it is about, or the part of it
 
 
 def prompt_of(row):
@@ -31,40 +41,56 @@ def prompt_of(row):
 
 
 def warnings(rows, probes=(), held_out=()):
-    """Return [(line, kind, text), …], by line, for rows that are legal but likely wrong.
+    """Return [RowWarning, …], by line, for rows that are legal but likely wrong.
 
     rows, held_out: [(line, row), …]; probes: prompts. Neither probes nor held_out should be trained on.
     """
     unsorted = [
-        *warn_of_prompts(rows, probes, held_out),
+        *warn_of_leaks(rows, probes, held_out),
+        *warn_of_prompts(rows),
         *(w for line, row in rows for w in warn_of_text(line, row)),
         *warn_of_calls(rows),
         *warn_of_balance(rows),
     ]
-    return sorted(unsorted, key=lambda warning: warning[0])
+    return sorted(unsorted, key=lambda warning: warning.line)
 
 
-def warn_of_prompts(rows, probes, held_out):
-    """Yield warnings of prompts that repeat, nearly repeat, or are used to judge the tuned model."""
-    first, answers = {}, defaultdict(set)
-    judges = {chat_text.normalize(prompt): "a probe of compare.py" for prompt in probes}
-    judges |= {prompt_of(row): f"line {line} of the held-out rows" for line, row in held_out}
+def warn_of_leaks(rows, probes, held_out):
+    """Yield warnings of prompts, before whichever answer of a row, by which the tuned model is judged."""
+    judges = {}
+    for prompt in probes:
+        judges[chat_text.fingerprint([{"role": "user", "content": prompt}])] = "a probe of compare.py"
+    for line, row in held_out:
+        judges.setdefault(chat_text.fingerprint(row["messages"][:-1]), f"line {line} of the held-out rows")
+    for line, row in rows:
+        found = {}  # judge → turn
+        for turn, fingerprint in chat_text.trained_prompts(row["messages"]):
+            if fingerprint in judges:
+                found.setdefault(judges[fingerprint], turn)
+        for judge, turn in found.items():
+            prompt = "the prompt" if turn == len(row["messages"]) - 1 else f"the prompt in turn {turn}"
+            text = f"{prompt} is also {judge}, so its result there says nothing (data leak)"
+            yield RowWarning(line, "leak", text, row["messages"][turn - 1]["content"])
+
+
+def warn_of_prompts(rows):
+    """Yield warnings of prompts that repeat, or nearly repeat."""
+    first, answers, asked = {}, defaultdict(set), {}
     for line, row in rows:
         prompt, answer = prompt_of(row), row["messages"][-1]["content"]
-        if prompt in judges:
-            text = f"the prompt is also {judges[prompt]}, so its result there says nothing (data leak)"
-            yield line, "leak", text
+        about = row["messages"][-2]["content"]
         if prompt not in first:
-            first[prompt] = line
+            first[prompt], asked[prompt] = line, about
         elif answer in answers[prompt]:
-            yield line, "duplicate", f"duplicate of line {first[prompt]}"
+            yield RowWarning(line, "duplicate", f"duplicate of line {first[prompt]}", about)
         else:
-            yield line, "contradiction", f"same prompt as line {first[prompt]}, but another answer"
+            text = f"same prompt as line {first[prompt]}, but another answer"
+            yield RowWarning(line, "contradiction", text, about)
         answers[prompt].add(answer)
-    lines = list(first.values())
-    for earlier, later, similarity in near_duplicates(list(first)):
-        text = f"prompt is {similarity:.0%} similar to line {lines[earlier]}"
-        yield lines[later], "near-duplicate", text
+    prompts = list(first)
+    for earlier, later, similarity in near_duplicates(prompts):
+        text = f"prompt is {similarity:.0%} similar to line {first[prompts[earlier]]}"
+        yield RowWarning(first[prompts[later]], "near-duplicate", text, asked[prompts[later]])
 
 
 def near_duplicates(texts):
@@ -82,7 +108,8 @@ def near_duplicates(texts):
         for j, (mine, bands) in enumerate(zip(chunks, minima, strict=True), start):
             for band in range(BANDS):
                 i = buckets.setdefault((band, bands[band].tobytes()), j)
-                if i != j and j not in reported:
+                lengths = sorted((len(texts[i]), len(texts[j])))
+                if i != j and j not in reported and lengths[1] <= MAX_LENGTH_RATIO * lengths[0]:
                     other = chunks_of(texts[i])
                     similarity = len(other & mine) / len(other | mine)
                     if similarity >= MIN_SIMILARITY:
@@ -98,25 +125,25 @@ def chunks_of(text):
 def warn_of_text(line, row):
     """Yield warnings of what cannot be seen in the turns of a row."""
     for number, message in enumerate(row["messages"], 1):
-        text = message["content"]
-        if text != text.strip():
-            yield line, "whitespace", f"turn {number} begins or ends with whitespace, which is not trained"
-        hidden = {m[0] for m in ODD.finditer(text) if is_invisible(m[0], text[: m.start()])}
-        if hidden:
-            names = ", ".join(unicodedata.name(c, f"U+{ord(c):04X}") for c in sorted(hidden))
-            yield line, "invisible", f"turn {number} contains invisible characters: {names}"
-        for word in TWO_SCRIPTS.findall(text):
+        text, turn = message["content"], f"turn {number}"
+        if text != text.strip() and message["role"] != "tool":
+            found = f"{turn} begins or ends with whitespace, which is not trained"
+            yield RowWarning(line, "whitespace", found, text)
+        if hidden := hidden_characters.find(text):
+            names = hidden_characters.names(character for _, character in hidden)
+            found = f"{turn} contains invisible characters: {names}"
+            yield RowWarning(line, "invisible", found, excerpt(text, hidden[0][0]))
+        words = {match[0]: match.start() for match in WORD.finditer(text)}
+        for word, position in words.items():
             if mixed := look_alikes(word):
-                yield line, "look-alikes", f'turn {number}: in "{word}" {mixed}'
+                found = f'{turn}: in "{printable(word)}" {mixed}'
+                yield RowWarning(line, "look-alikes", found, excerpt(text, position))
 
 
-def is_invisible(character, before):
-    """Return whether a character looks like nothing or like a space; a joiner within emoji does not count."""
-    if unicodedata.category(character) in ("Zs", "Zl", "Zp"):
-        return character != " "
-    if character == "\u200d" and before and unicodedata.category(before[-1]) in ("So", "Sk", "Mn"):
-        return False
-    return unicodedata.category(character) in ("Cf", "Cc", "Co", "Cn") and character not in "\n\t"
+def excerpt(text, position):
+    """Return the text from a little before a position."""
+    start = max(0, position - EXCERPT)
+    return "…" * (start > 0) + text[start : position + 4 * EXCERPT]
 
 
 def look_alikes(word):
@@ -130,35 +157,60 @@ def look_alikes(word):
 
 
 def warn_of_calls(rows):
-    """Yield warnings of calls that are malformed or not canonical, or spelled unlike the others."""
-    names, keys = defaultdict(list), defaultdict(list)
+    """Yield warnings of calls that are malformed or not canonical, undeclared, or spelled unlike others."""
+    names, keys = defaultdict(list), defaultdict(list)  # spelling → [(line, turn's text), …]
     for line, row in rows:
+        declared = tool_arguments.parameters_of(row.get("tools"))
         for number, message in enumerate(row["messages"], 1):
-            if message["role"] != "assistant":
-                continue
             text = message["content"].strip()
-            if not tool_call.looks_like_call(text):
+            if not chat_text.is_trained(message) or not tool_call.looks_like_call(text):
                 continue
             call, reason = tool_call.parse(text)
-            if call is None:
-                yield line, "call", f"turn {number}: malformed call: {reason}"
-                continue
-            if call.deviations:
-                yield line, "call", f"turn {number}: non-canonical call: {', '.join(call.deviations)}"
-            names[call.name].append(line)
-            for key in call.arguments:
-                keys[key].append(line)
+            found = [f"malformed call: {reason}"] if call is None else []
+            if call and call.deviations:
+                found.append(f"non-canonical call: {', '.join(call.deviations)}")
+            calls = [part for part in tool_call.split_text(text)[0] if not isinstance(part, str)]
+            for call in calls:
+                found += tool_arguments.faults(call.name, call.arguments, declared)
+                names[call.name].append((line, text))
+                for key in call.arguments:
+                    keys[key].append((line, text))
+            yield from (RowWarning(line, "call", f"turn {number}: {fault}", text) for fault in found)
     for kind, spellings in (("function name", names), ("argument", keys)):
-        for rare, lines in spellings.items():
-            for usual, others in spellings.items():
-                if len(lines) * MISSPELLING_RATIO <= len(others) and is_similar(rare, usual):
-                    text = f'{kind} "{rare}" may be a misspelling of "{usual}" ({len(others)} times)'
-                    yield from ((line, "spelling", text) for line in lines)
+        counts = {spelling: len(places) for spelling, places in spellings.items()}
+        for rare, usual in misspellings(counts).items():
+            shown = f'"{printable(rare)}" may be a misspelling of "{printable(usual)}"'
+            for line, text in spellings[rare]:
+                yield RowWarning(line, "spelling", f"{kind} {shown} ({counts[usual]} times)", text)
 
 
-def is_similar(name, other):
-    ratio = difflib.SequenceMatcher(None, name.casefold(), other.casefold()).ratio()
-    return ratio >= SIMILAR_SPELLING
+def misspellings(counts):
+    """Return {rare: usual} of names that differ by one letter, or two, one left out of each.
+
+    counts: name → how often it is there. One letter missing, added, changed or moved is four of five slips of
+    the hand (Damerau 1964). Names are compared by their rests: time does not grow with the number of pairs.
+    """
+    usual = {}  # what is left of a name → the most frequent name
+    for name in sorted(counts, key=counts.get, reverse=True):
+        if counts[name] < MISSPELLING_RATIO:
+            break
+        for rest in rests(name):
+            usual.setdefault(rest, name)
+    found = {}
+    for name, count in counts.items():
+        similar = [usual[rest] for rest in rests(name) if rest in usual]
+        most = max(similar, key=counts.get, default=name)
+        if count * MISSPELLING_RATIO <= counts[most] and max(len(name), len(most)) >= MIN_LETTERS:
+            found[name] = most
+    return found
+
+
+def rests(name):
+    """Yield a name in lower case, without underscores and the like, and the same without each one letter."""
+    if len(name) <= MAX_LETTERS:
+        letters = re.sub(r"[\W_]", "", name.casefold())
+        yield letters
+        yield from (letters[:i] + letters[i + 1 :] for i in range(len(letters)) if len(letters) > 2)
 
 
 def warn_of_balance(rows):
@@ -167,4 +219,5 @@ def warn_of_balance(rows):
     if min(calls, len(rows) - calls) < MINORITY * len(rows):
         few, teaches = ("with", "never call") if calls < len(rows) / 2 else ("without", "always call")
         share = f"{min(calls, len(rows) - calls)} of {len(rows)} rows are {few} a call"
-        yield 1, "balance", f"{share}; this teaches the model to {teaches}; aim for a balanced set"
+        text = f"{share}; this teaches the model to {teaches}; aim for a balanced set"
+        yield RowWarning(1, "balance", text)

@@ -1,0 +1,89 @@
+"""No text, row or file of size n takes longer than about n log n: these would take seconds by pairs."""
+
+import time
+
+import pytest
+
+from tests.support.rows import call, row
+from train_qlora import preprocess_function
+from tuner.data import (
+    chat_rows,
+    chat_text,
+    hidden_characters,
+    json_lines,
+    row_warnings,
+    tool_arguments,
+    tool_call,
+)
+
+SECONDS = 2  # of this process; by pairs it is 2.5 to 60, without at most 0.5
+TAG = '<tool_call arguments="{'
+
+
+def warn_of(text):
+    return list(row_warnings.warn_of_text(1, row(text, "да")))
+
+
+def results(count):
+    """Return a conversation with many calls in one turn, answered in the other order."""
+    answers = [{"role": "tool", "tool_call_id": str(i), "content": "1"} for i in reversed(range(count))]
+    calls = {"role": "assistant", "tool_calls": [call(str(i)) for i in range(count)]}
+    return [{"role": "user", "content": "а"}, calls, *answers, {"role": "assistant", "content": "б"}]
+
+
+def many_schemas(count):
+    schema = {
+        "properties": {"x": {"items": {"anyOf": [{"properties": {f"k{i}": {}}} for i in range(count)]}}}
+    }
+    return list(tool_arguments.faults("f", {"x": [{"a": None}] * count}, {"f": schema}))
+
+
+KINDS = {
+    "a word of one script": lambda: warn_of("a" * 40_000),
+    "a word of two scripts": lambda: warn_of("a" * 40_000 + "ж" * 40_000),
+    "many words of two scripts": lambda: warn_of("aж " * 40_000),
+    "hidden characters": lambda: warn_of("ж\u200b" * 100_000),
+    "joiners": lambda: hidden_characters.find("👨\u200d" * 100_000),
+    "combining marks": lambda: chat_text.normalize("а" + "\u0301\u0316" * 40_000),
+    "turns": lambda: chat_text.answer_fingerprints(row(*["слово"] * 4_000)["messages"]),
+    "names of arguments": lambda: list(
+        row_warnings.warn_of_calls(
+            [(1, row("а", tool_call.format_call("f", {f"key{i}": i for i in range(8_000)})))]
+        )
+    ),
+    "long names": lambda: row_warnings.misspellings({"ab" * 20_000: 100, "ab" * 19_999: 1}),
+    "prompts alike, one of them long": lambda: list(
+        row_warnings.near_duplicates(["ab" * 60_000, *("ab" * i for i in range(3, 600))])
+    ),
+    "parts of a schema": lambda: many_schemas(5_000),
+    "a long key with many values": lambda: list(
+        tool_arguments.faults("f", {"k" * 100_000: [None] * 100_000}, None)
+    ),
+    "opening brackets": lambda: tool_call.split_text("<" * 300_000),
+    "calls that are not closed": lambda: tool_call.split_text(f'{TAG}"' * 8_000),
+    "arguments that are no object": lambda: tool_call.split_text(f'{TAG}"a":1e999}}' * 8_000),
+    "arguments that are nested": lambda: tool_call.split_text(f'{TAG}"a":[{{' * 8_000),
+    "calls without a slash": lambda: tool_call.split_text(
+        '<tool_call name="f" arguments="{}">' * 8_000, True
+    ),
+    "calls and results": lambda: chat_rows.validate_and_render(results(4_000)),
+    "lines": lambda: list(json_lines.parse_values(b'{"a":\n' * 50_000, "")),
+    "elements of an array": lambda: list(json_lines.parse_values(b"[" + b"1,\n" * 200_000 + b"1]", "")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hostile_text_takes_no_longer_than_its_length_allows(kind):
+    started = time.process_time()
+    KINDS[kind]()
+    assert time.process_time() - started < SECONDS
+
+
+def test_a_row_of_thousands_of_turns_is_tokenized_as_fast_as_one_turn_of_its_length(tokenizer):
+    messages = row(*["слово"] * 6_000)["messages"]
+    started = time.process_time()
+    batch = preprocess_function({"messages": [messages, messages[:4]]}, tokenizer)
+    assert time.process_time() - started < 2 * SECONDS
+    assert len(batch["labels"][0]) > 24_000
+    assert set(batch["labels"][0]) == {-100}
+    assert set(batch["labels"][1]) != {-100}
