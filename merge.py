@@ -17,7 +17,7 @@ from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
 from tuner.system.libraries import heavy_imports
 from tuner.system.scripts import run_script
-from tuner.training import adapter_folder, model_card
+from tuner.training import adapter_folder, model_card, records
 
 INTERRUPTED = "stopped; no merged model was written"
 OUT_OF_MEMORY = "close what else runs on the GPU (nvidia-smi); no merged model was written"
@@ -69,12 +69,10 @@ def copy_files(base, merged):
         (merged / "NOTICE").write_text(NOTICE, encoding="utf-8")
 
 
-def write_card(merged, adapter, base, revision, run):
-    """Write the README.md of the merged model."""
+def read_comparison(adapter):
+    """Return what compare.py left beside the adapter, {} if nothing; raise UserError if it is damaged."""
     path = Path(adapter, adapter_folder.COMPARISON)
-    comparison = adapter_folder.read_json(path, "run compare.py again, or remove it")
-    card = model_card.model_card(base, revision, run, comparison)
-    (merged / "README.md").write_text(card, encoding="utf-8")
+    return records.read(path, records.COMPARISON, "run compare.py again, or remove it")
 
 
 def move_into_place(part, output):
@@ -95,19 +93,20 @@ def main():
     args = parse_arguments()
     signals.exit_on_signals()
     config, run = adapter_folder.read_adapter(args.adapter)
+    comparison = read_comparison(args.adapter)
     base = args.base or locate.find_recorded(config["base_model_name_or_path"], args.adapter)
     output = Path(args.output or f"{Path(base).absolute().name}-merged")
     atomic.check_parent_writable(output)
     with atomic.exclusive_lock(output):
         check_output(output, base, args.adapter, args.overwrite)
-        merge(args.adapter, args.base, run, output)
+        merge(args.adapter, args.base, output, run, comparison)
 
 
-def merge(adapter, base, run, output):
+def merge(adapter, base, output, run, comparison):
     """Write the model of `base` and `adapter` to `output`, once weights and answers are proved to be theirs.
 
-    base: folder or hub name, None for the one that the adapter records; run: its run.json. Raise UserError,
-    and write nothing, if a proof fails.
+    base: folder or hub name, None for the one that the adapter records; run, comparison: its run.json and
+    compare.json. Raise UserError, and write nothing, if a proof fails.
     """
     started = time.perf_counter()
     with heavy_imports():  # torch and what stands on it: seconds, so flags and folders are checked first
@@ -129,7 +128,8 @@ def merge(adapter, base, run, output):
         merging.save_merged(model, part)
         del model
         copy_files(folder, part)
-        write_card(part, adapter, base, revision, run)
+        card = model_card.model_card(name, revision, run, comparison)
+        (part / "README.md").write_text(card, encoding="utf-8")
 
         changed, untouched = merge_proof.prove_weights(folder, adapter, part)
         print(f"proof      {changed} modules changed, each by B·A·alpha/r within bf16 rounding")

@@ -1,6 +1,5 @@
 """The folder of a run: made ready for one, and read as what a stranger may have made."""
 
-import json
 import shlex
 import shutil
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from tuner.model import folders
 from tuner.system import atomic
 from tuner.system.console import is_main_process, printable
 from tuner.system.errors import UserError
-from tuner.training import adapter_config, checkpoints
+from tuner.training import adapter_config, checkpoints, records
 from tuner.training.adapter_config import TRAIN_AGAIN
 from tuner.training.checkpoints import CONFIG, WEIGHTS
 
@@ -133,7 +132,7 @@ def read_adapter(folder):
             resume = f"python train_qlora.py --output {shlex.quote(str(folder))} --resume"
             raise UserError(f"{folder} holds an unfinished run; resume with: {resume}")
         raise UserError(f"{folder} holds no adapter ({CONFIG} is missing); {TRAIN_AGAIN}")
-    config = read_json(folder / CONFIG)
+    config = records.read(folder / CONFIG, {}, TRAIN_AGAIN)
     adapter_config.check(folder, config)
     if not (folder / WEIGHTS).is_file():
         pickle = (folder / "adapter_model.bin").is_file()
@@ -144,18 +143,4 @@ def read_adapter(folder):
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}/{WEIGHTS} is damaged ({printable(str(error))}); {TRAIN_AGAIN}") from error
-    return config, read_json(folder / "run.json")
-
-
-def read_json(path, cure=TRAIN_AGAIN):
-    """Return the object in a JSON file, {} if there is no file; raise UserError if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = printable(str(error))
-        raise UserError(f"{path} is damaged ({reason}); {cure}") from error
-    return value
+    return config, records.read(folder / "run.json", records.RUN, TRAIN_AGAIN)
