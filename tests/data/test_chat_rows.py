@@ -76,6 +76,12 @@ def user(content):
         (row(USER, {"role": "assistant", "content": None, "refusal": "Нет"}), 'has "refusal": write it as'),
         (row({"from": "human", "value": "a"}, ASSISTANT), 'message 1: has "from" instead of "role"'),
         (row(SYSTEM, {**SYSTEM, "role": "developer"}, USER, ASSISTANT), 'consecutive "system" messages'),
+        (row(USER, ASSISTANT, label=False), 'has "label" beside "messages": false marks a wrong answer'),
+        (row({"type": "human", "content": "a"}, ASSISTANT), 'has "type" instead of "role"'),
+        (row(USER, {"role": "observation", "content": "5"}, ASSISTANT), 'is "observation"; write "tool"'),
+        (row(USER, {"role": "function_call", "content": "{}"}), 'with the call in "tool_calls"'),
+        (row(USER, {**ASSISTANT, "content": [{"type": "tool_use", "id": "a"}]}), 'in the "tool_calls"'),
+        (row(user([{"type": "tool_result", "content": "5"}]), ASSISTANT), 'a message of the role "tool"'),
         ('{"instruction": "a", "output": "b"}', "Alpaca"),
         ('{"conversations": [{"from": "human", "value": "a"}]}', "ShareGPT"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "preference pair"),
@@ -281,6 +287,18 @@ def test_keys_that_decide_nothing_are_ignored_and_listed_once(tmp_path):
     assert rows == [{"messages": [{**USER, "content": "а"}, ASSISTANT]}, plain_row]
     assert rows.lines == [1, 2]
     assert rows.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_parts_and_calls_of_other_makers_that_mean_the_same_are_read(tmp_path):
+    path = tmp_path / "rows.json"
+    parts = [[{"type": kind, "text": "а", "annotations": []}] for kind in ("input_text", "output_text")]
+    bare = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    said = {"role": "assistant", "content": parts[1]}
+    path.write_text(lines([{"messages": [user(parts[0]), said, USER, bare]}]), encoding="utf-8")
+    assert [m["content"] for m in load_data(path)[0]["messages"]] == [
+        *("а", "а", USER["content"]),
+        '<tool_call name="f" arguments="{}"/>',
+    ]
 
 
 def test_results_without_an_id_are_those_of_the_calls_in_their_places(tmp_path):

@@ -11,7 +11,7 @@ _REASONING = "it would not be trained; put it into the content, or remove it"
 _WEIGHT = 'write "weight" instead, 0 in an "assistant" message that is not to be trained'
 _MEDIA = "only text is supported; remove the row"
 MEANING = {  # keys of a message that decide what is learned: what to do about each
-    "function_call": 'write "tool_calls"',
+    "function_call": 'write it as "tool_calls", and remove it',
     "refusal": "write it as the content, and remove it",
     "audio": "only text is supported; write what is said as the content, and remove it",
     **dict.fromkeys(("reasoning_content", "reasoning", "reasoning_details", "thinking"), _REASONING),
@@ -24,10 +24,18 @@ ROW_MEANING = {  # the same, of a row
     "weight": 'write it in the "assistant" messages: 0 is not trained; and remove it here',
     "documents": "write them into the content of a message, and remove them",
     **dict.fromkeys(("chosen", "rejected", "preferred_output", "non_preferred_output"), _PAIR),
-    **dict.fromkeys(("prompt", "completion"), 'write it as messages, and remove it'),
+    "label": "false marks a wrong answer, as in KTO; remove the row",
+    **dict.fromkeys(("prompt", "completion"), "write it as a message, and remove it"),
     **{key: text for key, text in MEANING.items() if text is _MEDIA or key == "audio"},
 }  # fmt: skip
-KNOWN = ("role", "content", "tool_calls", "tool_call_id", "weight", "from", "value", "parts", *MEANING)
+RENAMED = {
+    "from": "role",
+    "type": "role",
+    "value": "content",
+    "parts": "content",
+}  # keys in other forms of rows
+KNOWN = ("role", "content", "tool_calls", "tool_call_id", "weight", *MEANING)
+TEXT_PARTS = ("text", "input_text", "output_text")  # the types of a part that is text
 
 
 def simplify_row(row, ignored):
@@ -35,6 +43,8 @@ def simplify_row(row, ignored):
     row = _without_nulls(row)
     functions = row.pop("functions", None)
     row.setdefault("tools", functions)
+    if row.get("label") is not False:
+        row.pop("label", None)
     row = _known(row, ("messages", "tools", *ROW_MEANING), ignored)
     if "tools" in row:
         row["tools"] = _simplify_tools(row["tools"])
@@ -99,18 +109,22 @@ def _simplify_message(message, ignored):
     if isinstance(message.get("tool_calls"), list):
         message["tool_calls"] = [_simplify_call(call, ignored) for call in message["tool_calls"]]
     if isinstance(message.get("content"), list):
-        message["content"] = [
-            _known(part, ("type", "text"), ignored)
-            if isinstance(part, dict) and part.get("type") == "text"
-            else part
-            for part in message["content"]
-        ]
-    return _known(message, (*KNOWN, "name") if message.get("role") == "tool" else KNOWN, ignored)
+        message["content"] = [_simplify_part(part, ignored) for part in message["content"]]
+    known = [*KNOWN, *(key for key in RENAMED if RENAMED[key] not in message)]
+    return _known(message, [*known, "name"] if message.get("role") == "tool" else known, ignored)
+
+
+def _simplify_part(part, ignored):
+    if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
+        return part
+    return {**_known(part, ("type", "text"), ignored), "type": "text"}
 
 
 def _simplify_call(call, ignored):
     if not isinstance(call, dict):
         return call
+    if "function" not in call and isinstance(call.get("name"), str):  # bare, as in Qwen's rows
+        call = {"id": call.get("id"), "function": {key: call.get(key) for key in ("name", "arguments")}}
     call = _known(call, ("id", "type", "function"), ignored)
     if isinstance(call.get("function"), dict):
         call["function"] = _known(call["function"], ("name", "arguments"), ignored)

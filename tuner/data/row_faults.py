@@ -13,7 +13,16 @@ KEYS = {  # of a message, by its role
     "assistant": ("role", "content", "tool_calls", "weight"),
     "tool": ("role", "content", "tool_call_id"),
 }
-OTHER_ROLES = {**dict.fromkeys(("model", "gpt", "bot", "ai"), "assistant"), "human": "user"}
+OTHER_ROLES = {
+    **dict.fromkeys(("model", "gpt", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("observation", "ipython"), "tool"),
+    "human": "user",
+}
+OTHER_PARTS = {  # of a message's content: what to do about each type
+    "tool_use": 'write it in the "tool_calls" of the message',
+    "tool_result": 'write it as a message of the role "tool"',
+    "thinking": openai_shape.MEANING["thinking"],
+}
 TURN = '{"role": …, "content": …}'
 # What other forms of rows begin with, and how each is written here.
 OTHER_FORMS = {
@@ -27,9 +36,9 @@ OTHER_FORMS = {
     "completion": 'a prompt and its completion; write them as a "user" and an "assistant" message',
     "contents": "Gemini's form; rename \"contents\" to \"messages\", \"parts\" to \"content\", the role "
     '"model" to "assistant"',
+    "question": 'a question and its answer; write them as a "user" and an "assistant" message',
     "body": 'a request of a batch; write the messages of its "body", and the answer to them, as "messages"',
 }  # fmt: skip
-RENAMED = {"from": "role", "value": "content", "parts": "content"}  # keys of a message in such forms
 # The tokenizer reads these as structure wherever they are, so no text may contain one.
 CONTROL_TOKENS = (
     "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>",
@@ -86,7 +95,9 @@ def conversation_faults(messages, names=None):
     names: of the tools that may be called, None for any.
     """
     if not isinstance(messages, list) or not messages:
-        yield f'"messages" is {_kind(messages)}; write a list of at least a "user" and an "assistant" message'
+        cure = 'a list of at least a "user" and an "assistant" message'
+        cure = "the list itself, not its JSON in a string" if isinstance(messages, str) else cure
+        yield f'"messages" is {_kind(messages)}; write {cure}'
         return None
     # previous: a role. pending, answered: ids of the last assistant's calls, without and with a result.
     previous, pending, answered = None, {}, set()
@@ -152,9 +163,9 @@ def _message_faults(message, names):
     if not isinstance(message, dict):
         yield f'is {_kind(message)}; write {{"role": …, "content": …}}'
         return
-    others = [key for key in RENAMED if key in message and RENAMED[key] not in message]
-    yield from (f'has "{key}" instead of "{RENAMED[key]}"; rename it' for key in others)
+    others = [key for key in openai_shape.RENAMED if key in message]
     if others:
+        yield from (f'has "{key}" instead of "{openai_shape.RENAMED[key]}"; rename it' for key in others)
         return
     if not {"role", "content"} & set(message):
         yield f'is {_kind(message)} without "role" and "content"; write {{"role": …, "content": …}}'
@@ -164,6 +175,8 @@ def _message_faults(message, names):
         shown = f'"{printable(role)}"' if isinstance(role, str) else _kind(role)
         usual = OTHER_ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else ""
         roles = f'write "{usual}"' if usual in KEYS else 'use "system", "user", "assistant" or "tool"'
+        if usual in ("function_call", "tool_call"):
+            roles = 'write "assistant", with the call in "tool_calls"'
         yield f"the role is {shown}; {roles}"
         role = "user"  # to check the rest of it
     for cure, key in openai_shape.meaning_keys(message, openai_shape.MEANING).items():
@@ -187,7 +200,10 @@ def _message_faults(message, names):
     if isinstance(content, list) and content:
         for part in content:
             if not (isinstance(part, dict) and set(part) == {"type", "text"} and part["type"] == "text"):
-                yield 'a part of the content is not {"type": "text", "text": …}; only text is supported'
+                kind = part.get("type") if isinstance(part, dict) else None
+                cure = OTHER_PARTS.get(kind) if isinstance(kind, str) else None
+                cure = cure or "only text is supported"
+                yield f'a part of the content is not {{"type": "text", "text": …}}; {cure}'
                 return
             if not isinstance(part["text"], str):
                 yield f'the "text" of a part is {_kind(part["text"])}; write a string'
