@@ -128,7 +128,7 @@ def merge(adapter, base, output, run, comparison):
         merging.save_merged(model, part)
         del model
         copy_files(folder, part)
-        card = model_card.model_card(name, revision, run, comparison)
+        card = model_card.model_card(folders.hub_name(folder), revision, run, comparison)
         (part / "README.md").write_text(card, encoding="utf-8")
 
         changed, untouched = merge_proof.prove_weights(folder, adapter, part)

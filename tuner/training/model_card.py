@@ -1,46 +1,68 @@
-"""The README of a merged model."""
+"""The README of a merged model. What run.json and compare.json say may be a stranger's: here it is text."""
 
+import html
 from contextlib import suppress
 
+from huggingface_hub import ModelCardData
 
-def model_card(base, revision, run, comparison):
-    """Return the README.md of the merged model; run and comparison are {} where nothing is known."""
+from tuner.system.console import printable
+
+
+def model_card(name, revision, run, comparison):
+    """Return the README.md of the merged model; run and comparison are {} where nothing is known.
+
+    name: of the base on the hub, None if it is not known; a folder's path says nothing to others.
+    """
+    front_matter = ModelCardData(base_model=name, license="gemma", library_name="transformers").to_yaml()
+    base = name or "A Gemma 3 model"
     lines = [
         "---",
-        f"base_model: {base}",
-        "license: gemma",
-        "library_name: transformers",
+        front_matter,
         "---",
         "",
         f"# {base}, tuned with QLoRA to answer a request for personal data with a tool call",
         "",
-        f"Modified from {base} (revision {revision or 'unknown'}): a LoRA adapter was merged into its text "
-        "model. Gemma's terms of use apply: https://ai.google.dev/gemma/terms",
+        f"Modified from {name or 'a Gemma 3 model'} (revision {code(revision or 'unknown')}): a LoRA adapter "
+        "was merged into its text model. Gemma's terms of use apply: https://ai.google.dev/gemma/terms",
         "",
     ]
     for describe, record in ((describe_run, run), (describe_comparison, comparison)):
-        with suppress(LookupError, TypeError, AttributeError):  # {}, or not written by these scripts
-            lines += describe(record)
+        with suppress(LookupError, TypeError, ValueError, AttributeError, RecursionError):
+            lines += describe(record)  # {}, or not written by these scripts
     return "\n".join(lines) + "\n"
 
 
 def describe_run(run):
     """Return lines on how the adapter was trained, by its run.json."""
     settings = {k: v for k, v in run["settings"].items() if k not in ("model", "data", "output")}
+    kept, steps, bits = map(number, (run["kept_step"], run["steps"], run["bits"]))
     return [
-        f"- settings: {', '.join(f'{k} {v}' for k, v in settings.items())}",
-        f"- versions: {', '.join(f'{k} {v}' for k, v in run['versions'].items())}",
-        f"- rows: {run['rows']['all']}, sha256 of the file {run['data_sha256']}",
-        f"- trained: in {run['bits']} bits, step {run['kept_step']} of {run['steps']} kept",
+        f"- settings: {code(', '.join(f'{k} {v}' for k, v in settings.items()))}",
+        f"- versions: {code(', '.join(f'{k} {v}' for k, v in run['versions'].items()))}",
+        f"- rows: {number(run['rows']['all'])}, sha256 of the file {code(run['data_sha256'])}",
+        f"- trained: in {bits} bits, step {kept} of {steps} kept",
     ]
 
 
 def describe_comparison(comparison):
     """Return lines on how the tuned model answered, by compare.json."""
     tuned = comparison["rows"]["tuned"]
-    bits = f"in {comparison['bits']} bits" if comparison["bits"] else "unquantized"
+    bits = f"in {number(comparison['bits'])} bits" if comparison["bits"] else "unquantized"
+    right, needed, false, general = (number(tuned[key]) for key in ("right", "needed", "false", "general"))
     return [
-        f"- probes passed, base {bits}: {comparison['passed']} of {len(comparison['probes'])}",
-        f"- held-out rows, base {bits}: {tuned['right']} of {tuned['needed']} calls right, "
-        f"{tuned['false']} of {tuned['general']} false calls, F1 {tuned['f1'] or 0:.2f}",
+        f"- probes passed, base {bits}: {number(comparison['passed'])} of {len(comparison['probes'])}",
+        f"- held-out rows, base {bits}: {right} of {needed} calls right, "
+        f"{false} of {general} false calls, F1 {number(tuned['f1'] or 0):.2f}",
     ]
+
+
+def code(value):
+    """Return a value as Markdown shows it letter by letter, with no HTML and no link in it."""
+    return "`" + html.escape(printable(str(value), 1000), quote=False).replace("`", "'") + "`"
+
+
+def number(value):
+    """Return a number; raise TypeError for anything else."""
+    if type(value) not in (int, float):
+        raise TypeError(f"{value!r} is no number")
+    return value
