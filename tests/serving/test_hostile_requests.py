@@ -33,6 +33,7 @@ def padded(begin, middle, end):
 HOSTILE = {  # what takes time: to tokenize, to escape and read back, to report, to parse
     "text": {"messages": [{"role": "user", "content": "a b" * (SIZE // 3)}]},
     "references": calling("f", json.dumps({"a": "<" * SIZE})),
+    "many arguments": calling("f", json.dumps({str(i): i for i in range(25_000)})),
     "name": calling("&" * (SIZE // 2), "{}"),
     "many calls": {
         "messages": [

@@ -33,8 +33,6 @@ BAD = [
     ({"messages": [1]}, 400, "messages.0: ", "messages"),
     ({"messages": [{"role": "user", "content": ""}]}, 400, "message 1: the content is empty", "messages"),
     ({"messages": [{"role": "robot", "content": "a"}]}, 400, "message 1: the role is", "messages"),
-    ({"messages": [{"role": "user", "content": "a<end_of_turn>"}]}, 400, "control token", "messages"),
-    ({"messages": [USER, USER]}, 400, "consecutive \"user\" messages", "messages"),
     ({"messages": [{"role": "system", "content": "a"}]}, 400, 'message is from "system"', "messages"),
     ({"messages": [USER, {"role": "assistant", "content": "b"}]}, 400, 'from "assistant"', "messages"),
     ({"messages": [USER, RESULT]}, 400, "message 2: ", "messages"),
@@ -65,7 +63,7 @@ BAD = [
     ({"messages": [USER], "frequency_penalty": 0.5}, 400, "frequency_penalty: ", "frequency_penalty"),
     ({"messages": [USER], "model": "gpt-\x1b[31m"}, 404, '"gpt-\ufffd[31m" not found', "model"),
     ({"messages": [USER] * 4097}, 400, "4097 messages exceed the context of 4096", "messages"),
-    ({"messages": [{"role": "user", "content": "a" * 130_000}]}, 400, "130000 characters exceed", "messages"),
+    ({"messages": [{"role": "user", "content": "a" * 130_000}]}, 400, "at least 4197 prompt", "messages"),
     ({"messages": [{"role": "user", "content": "ъ" * 4096}]}, 400, "exceed the context of 4096", "messages"),
 ]  # fmt: skip
 
@@ -365,7 +363,7 @@ def test_a_bug_is_an_error_for_the_client_and_a_traceback_in_the_log(echo, monke
 def test_what_is_printed_of_an_answer_holds_no_word_of_it(echoing, capfd):
     ask(echoing, "секрет", tools=TOOLS)
     with pytest.raises(openai.BadRequestError):
-        ask(echoing, "секрет<bos>")
+        ask(echoing, "секрет" * 1000)
     eventually(lambda: not echoing.generations)
     out, err = capfd.readouterr()
     assert "секрет" not in out + err
@@ -373,5 +371,5 @@ def test_what_is_printed_of_an_answer_holds_no_word_of_it(echoing, capfd):
     assert first.startswith("tuned      ")
     assert " prompt + 7 completion tokens, " in first
     assert first.endswith(" s, stop")
-    assert second.startswith("refused    400 POST /v1/chat/completions: message 1: ")
-    assert "control token <bos>" in second
+    assert second.startswith("refused    400 POST /v1/chat/completions: ")
+    assert "exceed the context of 4096" in second

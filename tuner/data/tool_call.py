@@ -35,6 +35,7 @@ JSON_MARK = re.compile(r'"[^"\\]*(?:\\.?[^"\\]*)*("?)|[][{}]')
 TAILS = ("", ":0", "rue", "ue", "e", "alse", "lse", "se", "ull", "ll", "l")
 TAILS += ("0", "0e-99999999", "-99999999", "99999999", "{}")
 ESCAPE_TAILS = ("", "n", "0000")
+SURROGATE = re.compile("[\ud800-\udfff]")
 TRACE = re.compile(r"tool_call|<tool[\w-]*(\s+\w+\s*=|\s*/?>)", re.IGNORECASE)
 
 
@@ -128,6 +129,12 @@ def parse_arguments(value):
     if not isinstance(value, dict):
         raise ValueError(NO_OBJECT)
     return value
+
+
+def format_arguments(arguments):
+    """Return arguments, a dict, as JSON: characters as they are, but escaped if one of them has no UTF-8."""
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return text if text.isascii() or not SURROGATE.search(text) else json.dumps(arguments)
 
 
 def format_tag(name, source):

@@ -10,14 +10,16 @@ from typing import Annotated, Literal, NamedTuple
 from fastapi import HTTPException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tuner.data import chat_rows, tool_call
+from tuner.data import tool_call
 from tuner.inference.generation import prompt_ids
+from tuner.serving.history import render_history
 from tuner.system.console import printable
 
 MAX_COMPLETION_TOKENS = 512  # where the request names no other number
 ROUTES = "available: /v1/chat/completions, /v1/models, /health and the page at /"
 INTERNAL_ERROR = {"message": "internal server error; see the server's log"}
 MAX_STOP = 500  # characters of a stop string, each compared with every piece of an answer
+TURN_TOKENS = 4  # that a message takes beside its text: where it begins, whose it is, where it ends
 LONGEST_TOKEN = 31  # characters, in Gemma's vocabulary: a run of spaces, tabs or line ends
 
 
@@ -121,20 +123,17 @@ def make_generation(request, names, tokenizer, context):
     if request.model not in (None, *names):
         text = f'model "{printable(request.model)}" not found; available: {", ".join(names)}'
         raise http_error(404, text, "model_not_found", "model")
-    if len(request.messages) > context:
-        raise too_long(f"{len(request.messages)} messages", context)
-    messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in request.messages]
+    messages = request.messages
+    if len(messages) > context:
+        raise too_long(f"{len(messages)} messages", context)
     try:
-        messages = chat_rows.validate_and_render(messages)
+        messages = render_history(messages)
     except ValueError as error:
-        text = " / ".join(printable(line, 200) for line in str(error).split("\n")[:3])
-        raise http_error(400, text, param="messages") from None
-    if messages[-1]["role"] not in ("user", "tool"):
-        text = f'the last message is from "{messages[-1]["role"]}"; it must be from "user" or "tool"'
-        raise http_error(400, text, param="messages")
+        raise http_error(400, printable(str(error), 200), param="messages") from None
     characters = sum(len(message["content"].strip()) for message in messages)
-    if characters > context * LONGEST_TOKEN:
-        raise too_long(f"{characters} characters", context)
+    least = TURN_TOKENS * len(messages) + characters // LONGEST_TOKEN
+    if least > context:
+        raise too_long(f"at least {least} prompt tokens", context)
     ids = prompt_ids(tokenizer, messages)
     if len(ids) >= context:
         raise too_long(f"{len(ids)} prompt tokens + 1 for the answer", context)
@@ -164,7 +163,7 @@ async def answer_parts(generation):
 
 def openai_call(call):
     """Return a tool_call.Call in OpenAI's form."""
-    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    function = {"name": call.name, "arguments": tool_call.format_arguments(call.arguments)}
     return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 

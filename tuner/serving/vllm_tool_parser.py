@@ -6,7 +6,6 @@
 The grammar is tuner/data/tool_call.py's, found from this file's path; a malformed tag stays text.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -46,7 +45,10 @@ class TagToolParser(ToolParser):
         return ExtractedToolCallInformation(
             tools_called=bool(calls),
             tool_calls=[
-                ToolCall(function=FunctionCall(name=c.name, arguments=to_json(c.arguments))) for c in calls
+                ToolCall(
+                    function=FunctionCall(name=c.name, arguments=tool_call.format_arguments(c.arguments))
+                )
+                for c in calls
             ],
             content=(content if content.strip() else None) if calls else model_output,
         )
@@ -74,7 +76,7 @@ class TagToolParser(ToolParser):
         for part in parts:
             if isinstance(part, tool_call.Call):
                 self.current_tool_id += 1
-                arguments = to_json(part.arguments)
+                arguments = tool_call.format_arguments(part.arguments)
                 # vLLM looks here for whether there were calls, and for arguments not yet given.
                 self.prev_tool_call_arr.append({"name": part.name, "arguments": arguments})
                 self.streamed_args_for_tool.append(arguments)
@@ -83,10 +85,6 @@ class TagToolParser(ToolParser):
                 calls.append(DeltaToolCall(index=index, id=call_id, type="function", function=function))
         content = "".join(part for part in parts if isinstance(part, str))
         return DeltaMessage(content=content or None, tool_calls=calls) if parts else None
-
-
-def to_json(arguments):
-    return json.dumps(arguments, ensure_ascii=False)
 
 
 ToolParserManager.register_module(NAME, module=TagToolParser)
