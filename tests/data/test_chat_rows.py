@@ -369,7 +369,7 @@ def test_files_without_rows(tmp_path, data, line, says):
     ("path", "says"),
     [
         ("missing.json", r"^missing\.json: no such file; name it with --data$"),
-        (".", r"^\.: cannot be read \(Is a directory\); check the path$"),
+        (".", r"^\.: a folder; name the file in it$"),
     ],
 )
 def test_a_file_that_cannot_be_read(path, says):

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from tuner.data import file_kinds
 from tuner.system.console import printable
 from tuner.system.errors import UserError, rows_error
 
@@ -14,6 +15,8 @@ def read_bytes(path):
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{printable(str(path), 4096)}: no such file; name it with --data") from None
+    except IsADirectoryError:
+        raise UserError(f"{printable(str(path), 4096)}: {file_kinds.describe_folder(path)}") from None
     except OSError as error:
         raise UserError(
             f"{printable(str(path), 4096)}: cannot be read ({error.strerror}); check the path"
@@ -23,19 +26,36 @@ def read_bytes(path):
 def parse_values(data, path):
     """Yield (line, value, None) or (line, None, what is wrong) for every value in the bytes of a file.
 
-    Raise UserError, which names the file `path`, for bytes that are not UTF-8.
+    Raise UserError, which names the file `path`, for a file of another kind; it says what makes rows of it.
     """
+    if kind := file_kinds.describe_bytes(data, path):
+        raise rows_error(path, [(1, kind)])
     try:
         text = data.decode("utf-8-sig")
+        at = data.find(b"\0")  # UTF-16 without a BOM can pass for UTF-8, even with Cyrillic in it
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise rows_error(path, [(line, "not UTF-8 text; save the file as UTF-8")]) from None
-    if "\0" in text:  # UTF-16 without a BOM can pass for UTF-8, even with Cyrillic in it
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise rows_error(path, [(line, "contains a NUL character, as UTF-16 does; save the file as UTF-8")])
-    if text.lstrip(" \t\r\n").startswith("["):  # JSON's whitespace
-        yield from _array(text)
-        return
+        at = error.start
+    if at >= 0:
+        line = data.count(b"\n", 0, at) + 1
+        raise rows_error(path, [(line, file_kinds.describe_encoding(data, path))])
+    is_array = text.lstrip(" \t\r\n").startswith("[")  # JSON's whitespace
+    first = True
+    for line, value, fault in _array(text) if is_array else _lines(text):
+        if first and (fault or not _is_row(value)):
+            describe = file_kinds.describe_text if fault else file_kinds.describe_value
+            if kind := describe(text, path):
+                raise rows_error(path, [(line, kind)])
+        first = False
+        yield line, value, fault
+
+
+def _is_row(value):
+    messages = value.get("messages") if isinstance(value, dict) else None
+    return isinstance(messages, list) and bool(messages) and isinstance(messages[0], dict)
+
+
+def _lines(text):
+    """Yield what parse_values does, for JSON lines."""
     for line, source in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
         if source.strip(" \t\r"):
             try:
