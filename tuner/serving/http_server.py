@@ -1,6 +1,7 @@
 """The HTTP server: who is let in, the routes, one answer at a time."""
 
 import asyncio
+import gc
 import re
 import secrets
 import signal
@@ -15,6 +16,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tuner.serving.chat_completions import (
     INTERNAL_ERROR,
@@ -33,6 +35,7 @@ from tuner.system.scripts import is_out_of_memory
 
 LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1])(:[0-9]+)?", re.IGNORECASE)
 MAX_BODY = 2**19  # bytes; CONTEXT tokens of Cyrillic, each letter written as \u0430, take some 200,000
+READ_SIZE = 2**14  # bytes at a time; 256 KB, asyncio's own, of chunks of one byte hold up the loop for 1.6 s
 BODY_SECONDS = 10  # that it may take to come
 CONTEXT = 8192  # tokens, prompt and answer; on 4B their cache takes 1.1 GB beside the weights
 QUEUE = 16  # requests that wait for the one being answered; more are refused
@@ -195,6 +198,14 @@ class ChatService:
         return HTMLResponse(self.page, headers=headers)
 
 
+class Protocol(H11Protocol):
+    """Read little at a time, so that other connections have their turn in between."""
+
+    def connection_made(self, transport):
+        transport.max_size = READ_SIZE
+        super().connection_made(transport)
+
+
 class Server(uvicorn.Server):
     """Run a ChatService; when it is stopped, break off the requests that it is answering.
 
@@ -203,11 +214,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, service, on_start=lambda: None):
         config = {"access_log": False, "log_level": "warning", "server_header": False, "lifespan": "off"}
+        config |= {"http": Protocol, "loop": "asyncio"}
         app = service.make_app()
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=2 * BODY_SECONDS, **config))
         self.service, self.on_start = service, on_start
 
     async def startup(self, sockets=None):
+        gc.freeze()  # or a full collection visits all that the libraries have loaded: 0.6 s without an answer
         await super().startup(sockets)
         self.on_start()
 
