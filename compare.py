@@ -2,13 +2,15 @@
 
     python compare.py             six probes, and the held-out rows of heldout.json
     python compare.py --bits 4    on a card that the unquantized model does not fit
-    python compare.py --endpoint http://127.0.0.1:8000/v1    the same, of a model that is served already
+    python compare.py --merged gemma-3-4b-it-merged    the same of a merged model
+    python compare.py --endpoint http://127.0.0.1:8000/v1    the same of a model that is served already
 
-Exit with 0 if the tuned model (the endpoint) passes all six probes, 1 if not, 2 for wrong arguments, a
-damaged adapter or an endpoint that does not answer.
+Exit with 0 if the tuned model (merged, the endpoint) passes all six probes, 1 if not, 2 for wrong arguments,
+a damaged adapter or an endpoint that does not answer.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -16,12 +18,13 @@ from train_qlora import OUTPUT_DIR, quantization_config
 from tuner.data import chat_text
 from tuner.inference import endpoint, judging, report
 from tuner.inference.probes import HELD_OUT, PROBES, load_questions
-from tuner.system import atomic, console
-from tuner.system.console import printable
+from tuner.model import gemma_folder
+from tuner.system import atomic, commands, console
+from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
 from tuner.system.libraries import heavy_imports
 from tuner.system.scripts import run_script
-from tuner.training import adapter_folder
+from tuner.training import adapter_folder, records
 
 OUT_OF_MEMORY = "close what else runs on the GPU (nvidia-smi), or compare with --bits 4"
 NO_OVERLAP_CHECK = "cannot check for training/test overlap"
@@ -31,9 +34,10 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description="Compare base and tuned model on probes and held-out rows.")
     parser.add_argument("--adapter", help=f"folder of the adapter (default: {OUTPUT_DIR})")
     parser.add_argument("--base", help="folder or hub name of the base (default: as the adapter records it)")
+    parser.add_argument("--merged", metavar="FOLDER", help="judge a merged model instead (default: none)")
     parser.add_argument("--data", default=HELD_OUT, help="file of held-out rows (default: %(default)s)")
     parser.add_argument(
-        "--bits", type=int, choices=[4, 8], help="bits to quantize the base to (default: unquantized)"
+        "--bits", type=int, choices=[4, 8], help="bits to quantize the model to (default: unquantized)"
     )
     parser.add_argument("--json", metavar="FILE", help="file to write the full report to (default: none)")
     parser.add_argument(
@@ -43,10 +47,14 @@ def parse_arguments(arguments=None):
     )
     parser.add_argument("--model", help="model name at the endpoint (default: the first that it lists)")
     args = parser.parse_args(arguments)
+    if args.endpoint and args.merged:
+        parser.error("--merged and --endpoint name two models; remove one")
+    if args.endpoint is None and args.model is not None:
+        parser.error("--model names a model at an endpoint; add --endpoint")
+    if args.merged and (args.adapter or args.base):
+        parser.error("--adapter and --base do not apply to a merged model; remove them")
     if args.endpoint is None:
-        if args.model is not None:
-            parser.error("--model names a model at an endpoint; add --endpoint")
-        args.adapter = args.adapter or OUTPUT_DIR
+        args.adapter = None if args.merged else args.adapter or OUTPUT_DIR
         return args
     if args.adapter or args.bits or args.base:
         parser.error("--adapter, --base and --bits do not apply to a served model; remove them")
@@ -67,65 +75,100 @@ def check_report_path(path):
         raise UserError(f"{path} is a folder; name a file in it")
 
 
-# ------------------------------------------------------------------------------------- base and tuned
+# --------------------------------------------------------------------------- base and tuned, or merged
 
 
-def compare_tuned(args, questions):
-    """Ask base and tuned model, print and write the judgment; return the exit code."""
-    adapter_folder.read_adapter(args.adapter)  # a wrong one is reported before seconds of imports
+def check_model(args):
+    """Raise UserError if the folder to judge holds no adapter, or no merged model."""
+    if not args.merged:
+        adapter_folder.read_adapter(args.adapter)
+        return
+    if not os.path.isdir(args.merged):
+        raise UserError(f"{args.merged} does not exist; create it: python merge.py")
+    if adapter_folder.is_finished(args.merged):
+        instead = commands.command("compare.py", adapter=args.merged)
+        raise UserError(f"{args.merged} is an adapter; compare it with its base: {instead}")
+    gemma_folder.check(args.merged, args.merged, "check --merged, or merge again")
+
+
+def compare_here(args, questions):
+    """Ask base and tuned, or the merged model, print and write the judgment; return the exit code."""
+    check_model(args)  # a wrong one is reported before seconds of imports
     started = time.perf_counter()
     with heavy_imports():  # torch and what stands on it: seconds, so flags and rows are checked first
         from tuner.inference import generation
         from tuner.system import devices
 
-    model, tokenizer, run = generation.load_tuned(args.adapter, args.bits, quantization_config, args.base)
-    loaded = time.perf_counter()
-    base_name = model.peft_config["default"].base_model_name_or_path
-    seen = seen_in_training(args.adapter, run, questions)
     bits = f"in {args.bits} bits" if args.bits else "unquantized"
-    print(
-        f"base {printable(base_name)} {bits}, tuned with {args.adapter}: {len(PROBES)} probes, "
-        f"{len(questions.lines)} rows",
-        flush=True,
-    )
-    with model.disable_adapter():
-        base = generation.answer_all(model, tokenizer, questions.conversations, "base ")
-    tuned = generation.answer_all(model, tokenizer, questions.conversations, "tuned")
+    if args.merged:
+        model, tokenizer = generation.load_model(args.merged, args.merged, args.bits, quantization_config)
+        run = records.read(Path(args.merged, adapter_folder.RUN), records.RUN, "merge again")
+        base_name, what = None, f"merged {one_line(args.merged)} {bits}"
+    else:
+        model, tokenizer, run = generation.load_tuned(args.adapter, args.bits, quantization_config, args.base)
+        base_name = model.peft_config["default"].base_model_name_or_path
+        what = f"base {one_line(base_name)} {bits}, tuned with {one_line(args.adapter)}"
+    loaded = time.perf_counter()
+    seen = seen_in_training(args.merged or args.adapter, run, questions)
+    print(f"{what}: {len(PROBES)} probes, {len(questions.lines)} rows", flush=True)
+    answers = {}
+    if not args.merged:
+        with model.disable_adapter():
+            answers["base"] = generation.answer_all(model, tokenizer, questions.conversations, "base ")
+    judged = "merged" if args.merged else "tuned"
+    answers[judged] = generation.answer_all(model, tokenizer, questions.conversations, judged)
     seconds = {"loading": round(loaded - started, 1), "answering": round(time.perf_counter() - loaded, 1)}
     memory = devices.peak_memory(model.device)
 
-    judgment = judging.judge_all(questions, {"base": base, "tuned": tuned}, seen)
+    judgment = judging.judge_all(questions, answers, seen)
+    judgment |= {"merged": args.merged} if args.merged else {"base_model": base_name}
     judgment |= {
-        "base_model": base_name,
         "bits": args.bits,
         "device": devices.device_name(model.device),
         "seconds": seconds,
         "peak_memory_gib": memory,
     }
-    seen_lines = [
-        line for line, was_seen in zip(questions.lines, seen[len(PROBES) :], strict=True) if was_seen
-    ]
-    report.print_report(judgment, ["base", "tuned"], seen_lines)
+    lines = zip(questions.lines, seen[len(PROBES) :], strict=True)
+    report.print_report(judgment, list(answers), seen_lines=[line for line, was_seen in lines if was_seen])
     print(f"\nmemory     {devices.format_memory(memory)}")
     print(f"time       {seconds['loading']} s importing and loading, {seconds['answering']} s answering")
-    exit_code = report.print_verdict("tuned", judgment)
-    if args.json:
-        atomic.write_json(args.json, judgment)
-    atomic.write_json(
-        Path(args.adapter, adapter_folder.COMPARISON), judgment, "make it and its folder writable"
-    )
+    exit_code = report.print_verdict(judged, judgment)
+    write_judgment(args, judgment)
     if exit_code == 0:
-        adapter = "" if args.adapter == OUTPUT_DIR else f" --adapter {args.adapter}"
-        print(f"next       python merge.py{adapter}")
+        print_next(args)
     return exit_code
 
 
-def seen_in_training(adapter, run, questions):
+def seen_in_training(folder, run, questions):
     """Return for each question whether the run, as its run.json says, trained on its prompt."""
-    trained_on = set(run.get("prompts_sha256", []))
+    trained_on = set(run.get("prompts_sha256") or [])
     if not trained_on:
-        print(f"{adapter} does not record the rows that it was trained on; {NO_OVERLAP_CHECK}")
+        print(f"{one_line(folder)} does not record the rows that it was trained on; {NO_OVERLAP_CHECK}")
     return [chat_text.fingerprint(messages) in trained_on for messages in questions.conversations]
+
+
+def write_judgment(args, judgment):
+    """Write compare.json beside the adapter, and the report that --json names. Raise UserError."""
+    if args.json:
+        atomic.write_json(args.json, judgment)
+    if args.adapter:
+        path = Path(args.adapter, adapter_folder.COMPARISON)
+        atomic.write_json(path, judgment, "make it and its folder writable")
+
+
+def print_next(args):
+    """Print what to type after a good verdict: it holds for what was judged, and for nothing else."""
+    adapter = None if args.adapter == OUTPUT_DIR else args.adapter
+    data = None if args.data == HELD_OUT else args.data
+    if args.merged:
+        print(f"next       {commands.command('serve.py', model=args.merged, bits=args.bits)}")
+    elif args.bits:
+        print(f"next       {commands.command('compare.py', adapter=adapter, base=args.base, data=data)}")
+        print("           on the unquantized base, as merge.py merges it; or serve what was judged:")
+        serve = commands.command("serve.py", adapter=args.adapter, base=args.base, bits=args.bits)
+        print(f"           {serve}")
+    else:
+        print(f"next       {commands.command('merge.py', adapter=adapter, base=args.base)}")
 
 
 # ----------------------------------------------------------------------------------------- an endpoint
@@ -158,10 +201,8 @@ def compare_endpoint(args, questions):
         text = f"not declared, since the endpoint rejects them ({tools_refused})"
         console.print_wrapped(text, "tools      ", " " * 11)
     print(f"time       {seconds} s answering")
-    exit_code = report.print_verdict("the endpoint", judgment)
-    if args.json:
-        atomic.write_json(args.json, judgment)
-    return exit_code
+    write_judgment(args, judgment)
+    return report.print_verdict("the endpoint", judgment)
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -171,7 +212,7 @@ def main():
     args = parse_arguments()
     questions = load_questions(args.data)
     check_report_path(args.json)
-    return compare_endpoint(args, questions) if args.endpoint else compare_tuned(args, questions)
+    return compare_endpoint(args, questions) if args.endpoint else compare_here(args, questions)
 
 
 if __name__ == "__main__":

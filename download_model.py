@@ -7,13 +7,16 @@ Both work in `<folder>.part` and rename it when all is there, so a folder with t
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from tuner.model import folders, hub, small_model
-from tuner.system import atomic, signals
+from tuner.system import atomic, commands, signals
 from tuner.system.scripts import run_script
+
+STOPPED = f"stopped; {hub.RETRY}"
 
 
 def parse_arguments():
@@ -48,17 +51,28 @@ def download(model):
     return folder
 
 
+def build_small():
+    """Build the small model; of a build that is stopped nothing is kept."""
+    stopped = f"stopped; {hub.AGAIN}"
+    signals.exit_on_signals(stopped)
+    try:
+        small_model.build_small()
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)
+    print(f"Next: {commands.command('train_qlora.py', rehearse=True)}")
+
+
 def main():
     args = parse_arguments()
-    signals.exit_on_signals()
     if args.small:
-        small_model.build_small()
-        print("Next: python train_qlora.py --rehearse")
+        build_small()
         return
+    signals.exit_on_signals(STOPPED)
     folder = download(args.model)
-    flags = "" if folder.name == folders.BASE_FOLDER else f" --model {folder}"
-    print(f"Next: python train_qlora.py{flags}")
+    model = None if folder.name == folders.BASE_FOLDER else folder
+    print(f"Next: {commands.command('train_qlora.py', model=model)}")
 
 
 if __name__ == "__main__":
-    run_script(main, interrupted=f"stopped; {hub.RETRY}")
+    run_script(main, interrupted=STOPPED)

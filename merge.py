@@ -4,6 +4,7 @@ python merge.py    qlora_output and its base → a folder to serve, gemma-3-4b-i
 """
 
 import argparse
+import json
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 
 from train_qlora import OUTPUT_DIR
 from tuner.model import folders, gemma_folder, locate
-from tuner.system import atomic, signals
+from tuner.system import atomic, commands, signals
 from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
 from tuner.system.libraries import heavy_imports
@@ -69,6 +70,12 @@ def copy_files(base, merged):
         (merged / "NOTICE").write_text(NOTICE, encoding="utf-8")
 
 
+def write_run(merged, run):
+    """Write what compare.py needs to tell which of its rows the merged model was trained on."""
+    text = json.dumps({"prompts_sha256": run.get("prompts_sha256") or []}, indent=1) + "\n"
+    (merged / adapter_folder.RUN).write_text(text, encoding="utf-8")
+
+
 def read_comparison(adapter):
     """Return what compare.py left beside the adapter, {} if nothing; raise UserError if it is damaged."""
     path = Path(adapter, adapter_folder.COMPARISON)
@@ -91,7 +98,7 @@ def move_into_place(part, output):
 
 def main():
     args = parse_arguments()
-    signals.exit_on_signals()
+    signals.exit_on_signals(INTERRUPTED)
     config, run = adapter_folder.read_adapter(args.adapter)
     comparison = read_comparison(args.adapter)
     base = args.base or locate.find_recorded(config["base_model_name_or_path"], args.adapter)
@@ -130,6 +137,7 @@ def merge(adapter, base, output, run, comparison):
         copy_files(folder, part)
         card = model_card.model_card(folders.hub_name(folder), revision, run, comparison)
         (part / "README.md").write_text(card, encoding="utf-8")
+        write_run(part, run)
 
         changed, untouched = merge_proof.prove_weights(folder, adapter, part)
         print(f"proof      {changed} modules changed, each by B·A·alpha/r within bf16 rounding")
@@ -151,8 +159,8 @@ def merge(adapter, base, output, run, comparison):
         shutil.rmtree(part, ignore_errors=True)
     print(f"memory     {devices.format_memory(devices.peak_memory(device))}")
     print(f"time       {time.perf_counter() - started:.1f} s")
-    print(f"merged     {output}, {folders.weight_bytes(output) / 1e9:.1f} GB")
-    print(f"next       python serve.py --model {output}")
+    print(f"merged     {one_line(str(output))}, {folders.weight_bytes(output) / 1e9:.1f} GB")
+    print(f"next       {commands.command('compare.py', merged=output)}")
 
 
 if __name__ == "__main__":

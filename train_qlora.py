@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import hashlib
 import math
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,12 @@ from pathlib import Path
 from tuner.data import chat_rows, chat_text
 from tuner.data.splitting import epoch_batches, split_rows
 from tuner.model import folders, locate
-from tuner.system import hardware, libraries
+from tuner.system import commands, hardware, libraries
 from tuner.system.console import ignore_broken_pipes, is_main_process, print_main, printable
 from tuner.system.errors import UserError
 from tuner.system.scripts import run_script
 from tuner.system.signals import stop_requests
-from tuner.training import adapter_folder, checkpoints, memory_plan, resuming
+from tuner.training import adapter_folder, checkpoints, memory_plan, resuming, run_command
 
 # ------------------------------------------------------------------------------------------- the recipe
 
@@ -159,9 +158,8 @@ def main():
     adapter_folder.check_output(args.output, args.resume)
     with adapter_folder.opened(args.output):
         if args.resume and adapter_folder.is_finished(args.output):
-            bits = adapter_folder.read_adapter(args.output)[1].get("bits", args.bits)
             print_main(f"finished   the run in {args.output} is complete: there is nothing to resume")
-            print_main(f"next       {compare_command(args.output, bits)}")
+            print_main(f"next       {compare_command(args.output)}")
         else:
             tune(args, recipe, rows)
 
@@ -216,7 +214,8 @@ def tune(args, recipe, rows):
     is_call = [chat_text.is_call(row["messages"]) for row in rows]
     data = trainer.TrainingData(tokenizer, examples, is_call, training, validation)
     run = trainer.Trainer(model, data, recipe, state, plan)
-    writer = checkpoint_state.CheckpointWriter(args.output, model.peft_config["default"], identity)
+    described = {**identity, **run_command.begun_with(args)}
+    writer = checkpoint_state.CheckpointWriter(args.output, model.peft_config["default"], described)
     with stop_requests() as run.stop_request:
         with run.checkpointing(writer, checkpoint, resuming.resume_command()):
             for epoch in range(1, recipe.epochs + 1):
@@ -291,9 +290,8 @@ def parse_arguments():
     return args
 
 
-def compare_command(output, bits):
-    adapter = "" if output == OUTPUT_DIR else f" --adapter {shlex.quote(output)}"
-    return f"python compare.py --bits {bits}{adapter}"
+def compare_command(output):
+    return commands.command("compare.py", adapter=None if output == OUTPUT_DIR else output)
 
 
 def report_rows(path, rows, validation):
@@ -336,7 +334,7 @@ def report_end(output, record, memory):
     print_main(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
     saved = f"{output} (best checkpoint: step {record['kept_step']})"
     print_main(f"saved      {saved}; loss curves: {output}/loss.png")
-    print_main(f"next       {compare_command(output, record['bits'])}")
+    print_main(f"next       {compare_command(output)}")
 
 
 if __name__ == "__main__":

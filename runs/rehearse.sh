@@ -28,6 +28,9 @@ python compare.py
 title "merge: into ./gemma-3-270m-merged"
 python merge.py
 
+title "merged: the verdict on the model that is served"
+python compare.py --merged gemma-3-270m-merged --json compare-merged.json
+
 title "serve: on any free port, and ask it the probes and four held-out rows, one at a time"
 log=$(mktemp)
 head -n 4 heldout.json > "$log.rows.json"

@@ -32,5 +32,8 @@ python compare.py
 # 37 s, 8.6 GiB.
 python merge.py
 
+# The verdict on the model that is served.
+python compare.py --merged gemma-3-4b-it-merged
+
 # Ctrl-C stops it. From your own machine: ssh -L 8000:127.0.0.1:8000 <machine>, then http://127.0.0.1:8000
 python serve.py

@@ -418,5 +418,5 @@ def test_small_killed_half_way(tmp_path, number):
     assert not (tmp_path / "gemma-3-270m").exists()
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert stderr == "\nstopped; run the same command again to continue\n"
+        assert stderr == "\nstopped; run the same command again\n"
         assert list(tmp_path.iterdir()) == []

@@ -41,6 +41,7 @@ RECORD = {
     "steps": 40,
     "settings": {"lora_r": 16, "data": "secret.json"},
     "versions": {"torch": "2.13.0"},
+    "prompts_sha256": ["12" * 32],
 }
 
 
@@ -163,6 +164,7 @@ def test_what_belongs_to_a_model_goes_along(tiny_model, merged):
         assert fact in card
     assert "secret.json" not in card
     assert "base_model" not in card
+    assert json.loads((merged / "run.json").read_text()) == {"prompts_sha256": ["12" * 32]}
     assert tiny_model not in card
     for weights in merged.glob("*.safetensors"):  # a server run by another user reads them
         assert weights.stat().st_mode == (merged / "config.json").stat().st_mode

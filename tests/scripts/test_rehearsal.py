@@ -45,7 +45,7 @@ def rehearsed(tmp_path_factory):
     assert "Traceback" not in result.stderr
     _, *parts = re.split(r"^=== (\w+).* \((\d+) s so far\)$", result.stdout, flags=re.MULTILINE)
     titles, starts, texts = parts[::3], [int(seconds) for seconds in parts[1::3]], parts[2::3]
-    assert titles == ["download", "check", "train", "compare", "compare", "merge", "serve", "done"]
+    assert titles == ["download", "check", "train", "compare", "compare", "merge", "merged", "serve", "done"]
     ends = [*starts[1:], starts[-1]]
     outputs, seconds = {}, {}
     for title, text, start, end in zip(titles, texts, starts, ends, strict=True):
@@ -86,9 +86,9 @@ def test_it_takes_six_gigabytes_at_most_and_the_loss_falls(rehearsed):
     assert sum(run["losses"][-4:]) / 4 < FINAL_LOSS
     assert run["peak_memory_gib"]["resident"] < 6e9 / 2**30
     assert seconds["download"] + seconds["train"] < SECONDS_ALLOWED
-    assert run["revision"] == (folder / "gemma-3-270m/REVISION").read_text().strip()
+    assert run["revision"] == (folder / "gemma-3-270m/REVISION").read_text().split()[0]
     assert "trainable params: 3,796,992 " in outputs["train"]
-    assert "next       python compare.py --bits 4\n" in outputs["train"]
+    assert outputs["train"].endswith("next       python compare.py\n\n")
 
 
 def test_the_tuned_model_is_good_on_the_base_it_was_trained_on(rehearsed):
@@ -153,8 +153,18 @@ for prompt in {[prompt for prompt, _ in PROBES]}:
         assert tool_call.looks_like_call(line) == needs_call
     card = (merged / "README.md").read_text(encoding="utf-8")
     assert "probes passed, base unquantized: 6 of 6" in card
+    assert "base_model: google/gemma-3-270m\n" in card
     assert "Gemma Terms of Use" in (merged / "NOTICE").read_text()
     assert (merged / "GEMMA_TERMS.html").is_file()
+
+
+def test_merged_it_is_as_good(rehearsed, report):
+    folder, outputs, _ = rehearsed
+    assert "next       python compare.py --merged gemma-3-270m-merged\n" in outputs["merge"]
+    assert "merged passes 6 of 6 probes" in outputs["merged"]
+    merged = json.loads((folder / "compare-merged.json").read_text(encoding="utf-8"))["rows"]
+    assert merged["merged"]["f1"] >= 0.9
+    assert merged["seen_in_training"] == report["rows"]["seen_in_training"]
 
 
 def test_served_it_is_as_good(rehearsed):

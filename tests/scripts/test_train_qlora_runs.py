@@ -64,7 +64,7 @@ def test_a_run_says_what_it_does_and_where_the_result_is(finished_run, tiny_text
         r"memory     peak RAM \d\.\d\d GiB",
         r"time       [\d.]+ s loading, [\d.]+ s training",
         r"saved      out \(best checkpoint: step [48]\); loss curves: out/loss.png",
-        r"next       python compare.py --bits 8 --adapter out",
+        r"next       python compare.py --adapter out",
     ):
         assert any(re.fullmatch(line, printed) for printed in lines), line
     assert "warn" not in "\n".join(lines).lower()

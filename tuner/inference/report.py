@@ -27,7 +27,7 @@ def print_report(judgment, models, seen_lines):
     """
     for number, probe in enumerate(judgment["probes"], 1):
         print_probe(number, probe, models)
-    data = str(judgment["data"])
+    data = console.one_line(str(judgment["data"]))
     print_table(console.printable(data, 25), {name: judgment["rows"][name] for name in models})
     notes = dict.fromkeys(seen_lines) | {row["line"]: row for row in judgment["rows"]["failing"]}
     for line, row in sorted(notes.items()):

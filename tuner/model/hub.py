@@ -23,17 +23,19 @@ NOT_NEEDED = ["*/*"]
 RESERVE = 10**9  # bytes of disk left free beside the model: a full disk breaks more than a download
 CHECK_TIMEOUT = 10  # seconds for each of the two requests to the hub before the first large byte
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-RETRY = "run the same command again to continue"
+AGAIN = "run the same command again"
+RETRY = f"{AGAIN} to continue"  # where something came, and stays
 LOGIN = f"create a token at {TOKENS_PAGE}, then `hf auth login` or set HF_TOKEN"
 
 
 # -------------------------------------------------------------------------------------------- errors
 
 
-def explain(error, repo):
+def explain(error, repo, again=AGAIN):
     """Return the UserError for what huggingface_hub raised about `repo`, before or during a download.
 
-    The text of `error` is not repeated: it has many lines, and may quote a token that has a stray character.
+    again: what to do once the cause is gone. The text of `error` is not repeated: it has many lines, and may
+    quote a token that has a stray character.
     """
     about, text = "hub", None
     response = getattr(error, "response", None)
@@ -42,20 +44,20 @@ def explain(error, repo):
     elif isinstance(error, OfflineModeIsEnabled):
         text = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it to download"
     elif response is not None:
-        about, text = explain_status(response.status_code, response.headers.get("X-Error-Code"), repo)
+        about, text = explain_status(response.status_code, response.headers.get("X-Error-Code"), repo, again)
     elif isinstance(error, UnicodeError) or type(error).__name__ == "LocalProtocolError":
         about, text = "token", f"the hub rejected your token (401); {LOGIN}"  # it cannot even be sent
     elif getattr(error, "errno", None) == errno.ENOSPC:
-        text = f"the disk is full; free some of it, then {RETRY}"
+        text = f"the disk is full; free some of it, then {again}"
     elif getattr(error, "errno", None):
-        text = f"{error.filename or 'the disk'}: {error.strerror}; fix that, then {RETRY}"
+        text = f"{error.filename or 'the disk'}: {error.strerror}; fix that, then {again}"
     else:
         kind = type(error).__name__
-        text = f"hub unreachable ({kind}); check the connection, the proxy and HF_ENDPOINT, then {RETRY}"
+        text = f"hub unreachable ({kind}); check the connection, the proxy and HF_ENDPOINT, then {again}"
     return UserError(f"{repo}: {text}", about)
 
 
-def explain_status(status, code, repo):
+def explain_status(status, code, repo, again):
     """Return (what it is about, text) for an HTTP status of the hub and its X-Error-Code, or None."""
     page, has_token = f"https://huggingface.co/{repo}", bool(get_token())
     if code == "RevisionNotFound":
@@ -76,7 +78,7 @@ def explain_status(status, code, repo):
             "token",
             f"your token may not read it (403); give it access to gated repositories: {TOKENS_PAGE}",
         )
-    return "hub", f"error of the hub (HTTP {status}); wait a few minutes, then {RETRY}"
+    return "hub", f"error of the hub (HTTP {status}); wait a few minutes, then {again}"
 
 
 # ----------------------------------------------------------------------------------------- downloads
@@ -133,7 +135,7 @@ def download(repo, folder):
         atomic.fsync_tree(part)
         atomic.rename_synced(part, folder)
     except (httpx2.HTTPError, OSError) as error:
-        raise explain(error, repo) from error
+        raise explain(error, repo, RETRY if part.is_dir() and any(part.iterdir()) else AGAIN) from error
 
 
 def present_bytes(part, file):

@@ -11,7 +11,7 @@ REPEAT_SECONDS = 0.3
 FINISHING = b"\nfinishing this step and saving a checkpoint; press Ctrl-C again to quit now\n"
 
 
-def exit_on_signals(message="stopped; run the same command again to continue"):
+def exit_on_signals(message):
     """Make SIGTERM and a hang-up end the process as Ctrl-C does, so that temporary files are removed."""
 
     def leave(number, _):

@@ -1,6 +1,5 @@
 """The folder of a run: made ready for one, and read as what a stranger may have made."""
 
-import shlex
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +10,14 @@ from tuner.model import folders
 from tuner.system import atomic
 from tuner.system.console import is_main_process, printable
 from tuner.system.errors import UserError
-from tuner.training import adapter_config, checkpoints, records
+from tuner.training import adapter_config, checkpoints, records, run_command
 from tuner.training.adapter_config import TRAIN_AGAIN
 from tuner.training.checkpoints import CONFIG, WEIGHTS
 
 # What a base's tokenizer consists of; it goes along, with the chat template that was used.
 TOKENIZER = (*folders.TOKENIZER_FILES, "chat_template*")
 PART = "adapter.part"  # where it is written until it is whole
+RUN = "run.json"  # how it was trained; a merged model has the part of it that tells what it was trained on
 COMPARISON = "compare.json"  # what compare.py leaves beside the adapter, for the merged model's card
 # Bytes, on 4B: three checkpoints and one being written, of 300 MB each, adapter (120), tokenizer (33), plot.
 DISK_NEEDED = 1.5e9
@@ -129,7 +129,7 @@ def read_adapter(folder):
         raise UserError(f"{folder} does not exist; train an adapter first: python train_qlora.py")
     if not is_finished(folder):
         if checkpoints.checkpoint_dirs(folder):
-            resume = f"python train_qlora.py --output {shlex.quote(str(folder))} --resume"
+            resume = run_command.resume_command(folder)
             raise UserError(f"{folder} holds an unfinished run; resume with: {resume}")
         raise UserError(f"{folder} holds no adapter ({CONFIG} is missing); {TRAIN_AGAIN}")
     config = records.read(folder / CONFIG, {}, TRAIN_AGAIN)
@@ -143,4 +143,4 @@ def read_adapter(folder):
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}/{WEIGHTS} is damaged ({printable(str(error))}); {TRAIN_AGAIN}") from error
-    return config, records.read(folder / "run.json", records.RUN, TRAIN_AGAIN)
+    return config, records.read(folder / RUN, records.RUN, TRAIN_AGAIN)

@@ -1,10 +1,10 @@
 """Resume a run, or refuse to, with the command that does it."""
 
 import os
-import shlex
 import signal
 import sys
 
+from tuner.system import commands
 from tuner.system.console import print_main
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, checkpoints
@@ -40,7 +40,7 @@ def typed_command(add=""):
     """Return the command that was typed, without --resume and --overwrite, and with `add`."""
     flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
     start = "accelerate launch" if "RANK" in os.environ else "python"
-    return shlex.join([*start.split(), "train_qlora.py", *flags]) + add
+    return commands.join([*start.split(), "train_qlora.py", *flags]) + add
 
 
 def resume_command():

@@ -1,0 +1,28 @@
+"""The command that resumes an unfinished run, by what its newest checkpoint says of it."""
+
+import json
+from pathlib import Path
+
+from tuner.system import commands
+from tuner.training import checkpoints
+
+# Flags of train_qlora.py whose values a manifest has, and the types that these must have to be printed.
+FLAGS = {"rehearse": bool, "bits": int, "epochs": int, "learning_rate": float, "data": str, "model": str}
+
+
+def begun_with(args):
+    """Return what a manifest says of a run beside its settings: the names that were typed."""
+    return {"data": args.data, "model": args.model}
+
+
+def resume_command(output):
+    """Return the command that resumes the run in a folder; flags that no checkpoint names are left out."""
+    for folder in checkpoints.checkpoint_dirs(output):
+        try:
+            manifest = json.loads(Path(folder, checkpoints.MANIFEST).read_bytes())
+            known = {**manifest, **manifest["settings"]}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue  # damaged: --resume skips it too
+        flags = {name: known[name] for name, kind in FLAGS.items() if type(known.get(name)) is kind}
+        return commands.command("train_qlora.py", **flags, output=output, resume=True)
+    return commands.command("train_qlora.py", output=output, resume=True)
