@@ -144,7 +144,11 @@ READ = {
         [USER, calling(call("0"), call("0")), result("1", tool_call_id="0"), result("2", tool_call_id="0")],
         [USER, {"role": "assistant", "content": f"{CALL}\n{CALL}"}, rendered("1"), rendered("2")],
     ),
-    "a result in parts, and null": (
+    "a result with an empty id": (
+        [USER, calling(call()), result(tool_call_id="")],
+        [USER, CALLED, rendered()],
+    ),
+    "a result in parts, with a name": (
         [USER, calling(call()), result([part("1"), part("2")], tool_call_id="1", name="x"), SAID, END],
         [USER, CALLED, rendered("12"), SAID, END],
     ),
@@ -209,8 +213,9 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "a"}}]
 REFUSED = [
     ([], '"messages" is an empty list'),
     ([USER, {"role": "robot", "content": "b"}], 'message 2: the role is "robot"; use '),
-    ([{"content": "b"}], "message 1: the role is null; use "),
-    ([{"role": ["user"], "content": "b"}], 'message 1: the role is ["user"]; use '),
+    ([{"content": "b"}], "message 1: the role is not a string; use "),
+    ([{"role": 10**5000, "content": "b"}], "message 1: the role is not a string; use "),
+    ([{"role": ["user"], "content": "b"}], "message 1: the role is not a string; use "),
     ([{"role": "user"}], "message 1: the content is neither a string nor"),
     ([user({"a": 1})], "message 1: the content is neither a string nor"),
     ([user(IMAGE)], "message 1: a part of the content is not"),

@@ -4,7 +4,6 @@ The rules for rows to train on are not those for what was said: a server that re
 back, has ended the conversation. What has one meaning is read so, the rest is refused.
 """
 
-import json
 import math
 import re
 from typing import NamedTuple
@@ -23,7 +22,7 @@ NO_CALL = 'result of a call that is not among the messages; send the "assistant"
 class Call(NamedTuple):
     id: str | int | None
     name: str
-    place: float  # among the calls of its turn
+    place: int  # among the lines of its turn
 
 
 class Turn:
@@ -60,10 +59,10 @@ class History:
     def add(self, message):
         """Add a message; raise ValueError if its meaning is not clear."""
         role = message.get("role")
-        role = ROLES.get(role) if isinstance(role, str) else None
-        if not role:
-            shown = printable(json.dumps(message.get("role"), ensure_ascii=False))
+        if not isinstance(role, str) or role not in ROLES:
+            shown = f'"{printable(role)}"' if isinstance(role, str) else "not a string"
             raise ValueError(f'the role is {shown}; use "system", "user", "assistant" or "tool"')
+        role = ROLES[role]
         text = read_text(message, role)
         if role == "tool":
             self.add_result(message, text)
@@ -176,9 +175,10 @@ def read_calls(message):
 
 
 def read_id(message, key):
+    """Return an id, None where there is none; some clients write "" then."""
     if not isinstance(message.get(key), str | int | None):
         raise ValueError(f'the "{key}" is not a string; write the id that the call came with')
-    return message.get(key)
+    return None if message.get(key) == "" else message.get(key)
 
 
 def tag_of(name, arguments):
