@@ -7,14 +7,14 @@ from pathlib import Path
 
 import datasets
 
-from tuner.data import chat_rows, labels
+from tuner.data import labels
 from tuner.system.errors import rows_error
 
 CACHED_ROWS = 10_000  # these take some seconds to tokenize; fewer are not worth a file
 
 
 def tokenize_rows(data_path, rows, tokenizer, preprocess_function, max_tokens):
-    """Return the rows as a datasets.Dataset with input_ids, attention_mask and labels.
+    """Return chat_rows.Rows as a datasets.Dataset with input_ids, attention_mask and labels.
 
     CACHED_ROWS or more rows are kept in the cache of datasets and read from there the next time.
     Raise UserError that lists the rows of over max_tokens by their line in data_path.
@@ -42,8 +42,7 @@ def tokenize_rows(data_path, rows, tokenizer, preprocess_function, max_tokens):
         dataset = tokenize(None)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     if max(lengths) > max_tokens:
-        lines = [line for line, _ in chat_rows.read_rows(data_path)]
-        raise rows_error(data_path, labels.too_long(lines, lengths, max_tokens))
+        raise rows_error(data_path, labels.too_long(rows.lines, lengths, max_tokens))
     return dataset
 
 
