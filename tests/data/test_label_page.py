@@ -128,17 +128,18 @@ def test_heads_and_totals(tmp_path):
 
 
 def test_rows_are_streamed_and_an_earlier_page_stays_until_the_end(tmp_path):
-    path, aside = tmp_path / "labels.html", tmp_path / "labels.html.part"
+    path = tmp_path / "labels.html"
     path.write_text("earlier")
 
     def rows():
         for line in range(1, 1201):
             yield row(line, False, "x" * 1000, "*y")
             assert path.read_text() == "earlier"
+            (aside,) = tmp_path.glob(".labels.html.*.part/new")
             assert aside.stat().st_size > (line - 20) * 1000, "rows are held back"
 
     label_page.write(path, "many", rows())
-    assert not aside.exists()
+    assert list(tmp_path.iterdir()) == [path]
     assert "1,200 rows, 2,400 tokens, 1,200 trained tokens" in Page(path.read_text("utf-8")).texts["p"]
 
 

@@ -82,7 +82,7 @@ def test_brings_what_is_needed_and_nothing_else(tmp_path, hub):
     folder = tmp_path / "gemma-3-4b-it"
     assert contents(folder) == {**WANTED, **REVISION}
     assert missing_files(folder) == []
-    assert not (tmp_path / "gemma-3-4b-it.part").exists()
+    assert not list(tmp_path.glob("*.part*"))
     assert stdout.splitlines()[0] == f"{BASE_MODEL} into gemma-3-4b-it: 12 files, 0.0 GB"
     assert stdout.splitlines()[-1] == "Next: python train_qlora.py"
     assert "100%" in stderr  # the progress bar
@@ -308,6 +308,40 @@ def test_a_server_that_sends_too_much_or_too_little_is_not_believed(run, tmp_pat
     assert contents(tmp_path / "gemma-3-4b-it") == {**WANTED, **REVISION}
 
 
+def test_the_users_own_part_folder_stays_and_the_next_name_is_resumed(run, tmp_path, hub):
+    mine = tmp_path / "gemma-3-4b-it.part"
+    mine.mkdir()
+    (mine / "config.json").write_text("mine")
+    (tmp_path / "gemma-3-4b-it.lock").write_text("mine")
+    hub.cut, hub.down_after_cut, hub.files = 12_000_000, True, LONG
+    assert run(hub.url)[0] == 1
+    hub.down = False
+    code, stdout, stderr = run(hub.url)
+    assert code == 0, stderr
+    assert "GB already downloaded" in stdout
+    assert contents(mine) == {"config.json": b"mine"}
+    assert (tmp_path / "gemma-3-4b-it.lock").read_text() == "mine"
+    assert missing_files(tmp_path / "gemma-3-4b-it") == []
+    assert not (tmp_path / "gemma-3-4b-it.part.1").exists()
+
+
+@pytest.mark.parametrize("target", ["missing", "empty", "stray"])
+def test_a_link_to_another_disk_is_filled_there(run, tmp_path, hub, target):
+    disk = tmp_path / "disk/gemma"
+    disk.parent.mkdir()
+    if target != "missing":
+        disk.mkdir()
+    if target == "stray":
+        (disk / ".DS_Store").touch()
+    (tmp_path / "gemma-3-4b-it").symlink_to(disk)
+    code, _, stderr = run(hub.url)
+    assert code == 0, stderr
+    assert (tmp_path / "gemma-3-4b-it").is_symlink()
+    assert missing_files(disk) == []
+    assert [path.name for path in disk.parent.iterdir()] == ["gemma"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "gemma-3-4b-it"]
+
+
 def test_folder_in_the_way(run, tmp_path, hub):
     (tmp_path / "gemma-3-4b-it").mkdir()
     (tmp_path / "gemma-3-4b-it" / "config.json").write_text("{}")
@@ -411,7 +445,7 @@ def test_small_killed_half_way(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, SCRIPT, "--small"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
-    while not list(tmp_path.glob("*.part/model.safetensors")) and process.poll() is None:
+    while not list(tmp_path.glob(".*.part/new/model.safetensors")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)

@@ -17,10 +17,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import train_qlora
 from tests.support.scripts import run_main
 from tests.support.training import (
     ROOT,
     fake_cuda,
+    recipe,
     run_json,
     run_training,
     start_training,
@@ -240,11 +242,10 @@ def test_wrong_arguments_exit_2(tmp_path, arguments, problem):
 def test_an_output_that_is_no_adapters_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letters.txt").write_text("dear")
-    (tmp_path / "file").write_text("dear")
     (tmp_path / "other/checkpoints").mkdir(parents=True)
     (tmp_path / "other/letters.txt").write_text("dear")
     (tmp_path / "theirs/checkpoints/epoch-1").mkdir(parents=True)
-    for output in ("mine", "file", "other", "theirs"):
+    for output in ("mine", "other", "theirs"):
         code, _, errors = run_training(*REHEARSE, "--overwrite", "--output", output, folder=tmp_path)
         assert code == 1
         assert errors == f"{output} exists and holds no adapter; name another folder with --output\n"
@@ -253,6 +254,58 @@ def test_an_output_that_is_no_adapters_is_refused(tmp_path):
     assert "no/such is not writable" in errors
     assert (tmp_path / "mine/letters.txt").read_text() == "dear"
     assert (tmp_path / "other/letters.txt").read_text() == "dear"
+
+
+def test_an_output_that_can_be_no_folder_of_a_run_is_one_line(finished_run, tmp_path):
+    checkpoint = next((finished_run[0] / "out/checkpoints").iterdir())
+    (tmp_path / "file").touch()
+    for output, problem in [
+        ("", '"" names no folder; name another folder with --output'),
+        (".", ". is the folder you are in, or one around it; name a folder in it with --output"),
+        ("/", "/ is the folder you are in, or one around it; name a folder in it with --output"),
+        ("~/out", f"~/out would be a folder of the name ~ here; write {Path.home()}/out"),
+        ("file", "file is a file; name another folder with --output"),
+        (checkpoint, f"{checkpoint} is a checkpoint of another run; name another folder with --output"),
+    ]:
+        for flag in ("--resume", "--overwrite"):
+            result = run_training(*REHEARSE, flag, "--output", output, folder=tmp_path)
+            assert result == (1, "", f"{problem}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_rows_are_read_once_from_a_pipe(arguments, tmp_path):
+    data = (ROOT / "examples.json").read_bytes()
+    reader, writer = os.pipe()
+    os.write(writer, data)  # a pipe holds 64 KiB
+    os.close(writer)
+    path = f"/dev/fd/{reader}"
+    code, out, errors = run_training(*arguments, "--epochs", 1, "--data", path, folder=tmp_path)
+    os.close(reader)
+    assert code == 0, errors
+    assert f"rows       70 of {path}:" in out
+    assert run_json(tmp_path / "qlora_output")["data_sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_rows_that_change_after_they_were_read_are_recorded_as_they_were(arguments, monkeypatch, tmp_path):
+    path, load = tmp_path / "rows.json", train_qlora.load_data
+    data = (ROOT / "examples.json").read_bytes()
+    path.write_bytes(data)
+
+    def load_and_change(data_path):
+        rows = load(data_path)
+        path.write_bytes(data[:100])
+        return rows
+
+    monkeypatch.setattr(train_qlora, "load_data", load_and_change)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_qlora, "RECIPE", recipe(max_tokens=60))
+        code, _, errors = run_training(*arguments, "--data", path, folder=tmp_path)
+    assert code == 1
+    assert re.match(r"\S+/rows\.json:\d+: the row has \d+ tokens", errors)
+    path.write_bytes(data)
+    code, _, errors = run_training(*arguments, "--epochs", 1, "--data", path, folder=tmp_path)
+    assert code == 0, errors
+    assert run_json(tmp_path / "qlora_output")["data_sha256"] == hashlib.sha256(data).hexdigest()
 
 
 def test_a_model_that_is_not_whole_is_refused(tmp_path):

@@ -99,8 +99,8 @@ def sha256(folder):
 
 
 def half_written(output):
-    """Return what is being written: the name of a .part folder in `output`, or None."""
-    parts = [path.name for path in Path(output).rglob("*.part") if path.is_dir()]
+    """Return what is being written: the name of a workspace in `output`, or None."""
+    parts = [path.name for path in Path(output).rglob(".*.part") if path.is_dir()]
     return min(parts, default=None)
 
 
@@ -128,7 +128,7 @@ def choose_moments(chance, count, seconds, operations):
     """Return [(whether it is of the clock, moment), …]: seconds, or the number of an operation from 1."""
     clocks = count - count // 2
     moments = [(True, seconds * (0.35 + 0.65 * (i + chance.random()) / clocks)) for i in range(clocks)]
-    for kind in ("step-", "adapter.part")[: count // 2]:
+    for kind in (".checkpoint.", ".adapter.")[: count // 2]:
         within = [i + 1 for i, part in enumerate(operations) if part and part.startswith(kind)]
         moments.append((False, chance.choice(within)))
     spread = count - len(moments)
@@ -164,7 +164,7 @@ def kill_and_resume(arguments, by_clock, moment):
         assert code == 1
         code = exit_code(start(arguments, "log"))
     assert code == 0, Path("log").read_text()
-    extra = [str(path) for path in Path(output).rglob("*.*") if path.suffix in (".part", ".old")]
+    extra = [str(path) for path in Path(output).rglob(".*")]
     result = {"moment": moment, "left": left, "whole": whole, "extra": extra, "sha256": sha256(output)}
     shutil.rmtree(output)
     return result

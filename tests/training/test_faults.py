@@ -165,8 +165,8 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_is_taken_over(
         code, out, errors = run_training(*arguments, folder=tmp_path)
         assert (code, out) == (1, "")
         assert errors == f"qlora_output is being written by process {pid}; wait until it has finished\n"
-        assert names(tmp_path) == ["qlora_output.lock"]
-    assert names(tmp_path) == ["qlora_output.lock"]  # it was killed
+        assert names(tmp_path) == [".qlora_output.tuner.lock"]
+    assert names(tmp_path) == [".qlora_output.tuner.lock"]  # it was killed
     code, _, _ = run_training(*arguments, folder=tmp_path)
     assert code == 0
     assert names(tmp_path) == ["qlora_output"]

@@ -1,5 +1,6 @@
 """A stopped run goes on to the same adapter; what may not be resumed or overwritten is refused."""
 
+import hashlib
 import os
 import re
 import shlex
@@ -10,9 +11,19 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.support.training import adapter_bytes, at_step, names, resume, run_json, run_training, send
+import train_qlora
+from tests.support.training import (
+    adapter_bytes,
+    at_step,
+    names,
+    recipe,
+    resume,
+    run_json,
+    run_training,
+    send,
+)
 from tuner.system import signals
-from tuner.training import checkpoint_state, loss_functions, memory_plan
+from tuner.training import adapter_folder, checkpoint_state, loss_functions, memory_plan
 
 
 @pytest.mark.parametrize(
@@ -142,6 +153,154 @@ def test_nothing_to_resume_and_a_finished_run_are_reported(arguments, undisturbe
         "finished   the run in qlora_output is complete: there is nothing to resume\nnext  "
     )
     assert adapter_bytes(undisturbed) == before
+
+
+def test_a_finished_run_names_what_was_typed_differently_and_nothing_else(
+    arguments, undisturbed, few_rows, tmp_path, monkeypatch
+):
+    output = shutil.copytree(undisturbed, tmp_path / "qlora_output")
+    before = adapter_bytes(output)
+    other = tmp_path / "other.json"
+    other.write_text(few_rows.read_text().replace("?", "!", 1))
+    crlf = tmp_path / "crlf.json"
+    crlf.write_bytes(b"\xef\xbb\xbf" + few_rows.read_bytes().replace(b"\n", b"\r\n"))
+    model = str(arguments[2])
+    for typed, problem in [
+        (["--epochs", 5, "--bits", 8], "bits was 4 and is 8, epochs was 4 and is 5; to train"),
+        (["--learning-rate", 1e-3], "learning_rate was 0.003 and is 0.001; to train"),
+        (["--data", other], "the data changed; to train"),
+        (["--model", "google/gemma-3-4b-it"], f"model was {model[:59]}"),
+    ]:
+        code, out, errors = run_training("--data", few_rows, *typed, "--resume", folder=tmp_path)
+        assert (code, out, errors.count("\n")) == (1, "", 1)
+        assert errors.startswith(f"qlora_output holds a finished run: {problem}")
+        command = shlex.join(["--data", str(few_rows), *map(str, typed)])
+        assert errors.endswith(f"type: python train_qlora.py {command}\n")
+    (tmp_path / "examples.json").write_bytes(other.read_bytes())  # the default, which was not typed
+    for typed in ([], ["--epochs", 4, "--rehearse", "--model", f"{model}/"], ["--data", crlf]):
+        code, out, errors = run_training(*typed, "--resume", folder=tmp_path)
+        assert (code, errors) == (0, "")
+        assert out.startswith("finished   the run in qlora_output is complete: there is nothing to resume\n")
+    # A constant of the recipe is typed too, and rows may change in the file that was trained on.
+    with monkeypatch.context() as patch:
+        patch.setattr(train_qlora, "RECIPE", recipe(lora_r=8))
+        assert "lora_r was 16 and is 8" in run_training("--resume", folder=tmp_path)[2]
+    path = output / "run.json"
+    path.write_text(path.read_text().replace(f'"data": "{few_rows}"', '"data": "examples.json"'))
+    assert "the data changed" in run_training("--resume", folder=tmp_path)[2]
+    assert adapter_bytes(output) == before
+
+
+@pytest.mark.parametrize("form", ["CRLF and a BOM", "an array"])
+def test_the_tokens_decide_whether_the_data_changed(arguments, stopped, undisturbed, few_rows, form):
+    rows = stopped / "rows.json"
+    lines = few_rows.read_text().splitlines()
+    text = "\ufeff" + "\r\n".join(lines) if form == "CRLF and a BOM" else f"[{', '.join(lines)}]"
+    rows.write_bytes(text.encode())
+    code, out, errors = resume(arguments, stopped, "--data", rows)
+    assert code == 0, errors
+    assert "resumed    after step 5 of 8" in out
+    assert adapter_bytes(stopped / "qlora_output") == adapter_bytes(undisturbed)
+    run = run_json(stopped / "qlora_output")
+    assert run["data_sha256"] == hashlib.sha256(rows.read_bytes()).hexdigest()
+    assert run["rows_sha256"] == run_json(undisturbed)["rows_sha256"]
+
+
+STRANGERS = (
+    *(".DS_Store", "notes.txt", "Thumbs.db", "tokenizer_notes.txt", "adapter.part/mine", "mine/letter.txt"),
+    *("checkpoints/.DS_Store", "checkpoints/.ipynb_checkpoints/a", "checkpoints/notes.txt"),
+    *("checkpoints/step-000004.old/mine", "checkpoints/step-000006.part/mine", "checkpoints/step-12/mine"),
+    *("checkpoints/step-000003/mine", "checkpoints/step-000004/mine", "checkpoints/step-000008/mine"),
+)
+
+
+def add_strangers(output):
+    for name in STRANGERS:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("mine")
+
+
+def strangers(output):
+    """Return the files of add_strangers in a folder; x.1, a folder that made way, by its old name."""
+    paths = [path for path in output.rglob("*") if path.is_file() and path.read_bytes() == b"mine"]
+    return sorted(re.sub(r"(step-\d+)\.\d/", r"\1/", str(path.relative_to(output))) for path in paths)
+
+
+def test_what_a_run_does_not_know_it_leaves_alone_and_goes_on(arguments, stopped, undisturbed):
+    output = stopped / "qlora_output"
+    add_strangers(output)
+    code, out, errors = run_training(*arguments, folder=stopped)
+    assert (code, out) == (1, "")
+    assert errors.startswith("qlora_output holds an unfinished run (step-000005); resume with: ")
+    code, out, errors = resume(arguments, stopped)
+    assert code == 0, errors
+    assert "damaged" not in out
+    assert adapter_bytes(output) == adapter_bytes(undisturbed)
+    assert strangers(output) == sorted(STRANGERS)
+    assert resume(arguments, stopped)[0] == 0
+
+
+def test_overwriting_removes_what_is_a_runs_and_nothing_else(arguments, stopped, undisturbed):
+    output = stopped / "qlora_output"
+    add_strangers(output)
+    theirs = output / "checkpoints/step-000100"  # of another program, by the same name
+    theirs.mkdir()
+    (theirs / "manifest.json").write_text("{}")
+    for name in ("adapter_model.safetensors", "run.json"):  # killed while it gave the files their names
+        shutil.copyfile(undisturbed / name, output / name)
+    before = names(output / "checkpoints")
+    code, _, errors = run_training(*arguments, "--epochs", 1, "--overwrite", folder=stopped)
+    assert code == 0, errors
+    assert run_json(output)["steps"] == 2
+    assert strangers(output) == sorted(STRANGERS)
+    assert (theirs / "manifest.json").read_text() == "{}"
+    gone = set(before) - set(names(output / "checkpoints"))
+    assert gone == {"step-000005"}  # in step-000004 is a file of the user
+    assert names(output / "checkpoints/step-000004") == ["mine"]
+
+
+@pytest.mark.parametrize("place", ["a link", "a dangling link", "a mount point"])
+def test_the_folder_that_a_path_leads_to_is_written_and_keeps_the_adapters(
+    arguments, undisturbed, monkeypatch, tmp_path, place
+):
+    disk, output = tmp_path / "disk/run", tmp_path / "here/qlora_output"
+    output.parent.mkdir()
+    disk.parent.mkdir()
+    if place != "a dangling link":
+        shutil.copytree(undisturbed, disk)
+        (disk / "lost+found").mkdir()
+    if place == "a mount point":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == disk)
+    output.symlink_to(disk)
+    for number in (1, 2):
+        code, out, errors = run_training(*arguments, "--epochs", 1, folder=output.parent)
+        assert code == 0, errors
+        assert output.is_symlink()
+        assert names(output.parent) == ["qlora_output"]
+        assert run_json(disk)["steps"] == 2
+        if place == "a dangling link" and number == 1:
+            assert "previous" not in out
+            continue
+        previous = disk / f"run.{number}" if place == "a mount point" else disk.with_name("run.1")
+        assert f"previous adapter moved to {previous}\n" in out
+        if number == 1:
+            assert adapter_bytes(previous) == adapter_bytes(undisturbed)
+            assert run_json(previous)["steps"] == 8
+        if place != "a mount point":
+            assert names(disk.parent) == ["run", "run.1"]
+            return
+    assert {"lost+found", "run.1", "run.2"} < set(names(disk))
+    assert names(disk / "checkpoints") == ["step-000002"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(arguments, tmp_path):
+    output = tmp_path / "qlora_output"
+    adapter_folder.prepare(output)
+    (output / "notes.txt").write_text("mine")
+    code, _, errors = run_training(*arguments, "--epochs", 1, folder=tmp_path)
+    assert code == 0, errors
+    assert (output / "notes.txt").read_text() == "mine"
+    assert names(output / "checkpoints") == ["step-000002"]
 
 
 def test_an_unfinished_run_is_not_overwritten_unasked(arguments, stopped, undisturbed):

@@ -6,15 +6,20 @@ import re
 import shutil
 from pathlib import Path
 
+from tuner.system import output_folder
 from tuner.system.errors import UserError
 
 BASE_MODEL = "google/gemma-3-4b-it"
 BASE_FOLDER = "gemma-3-4b-it"
 SMALL_FOLDER = "gemma-3-270m"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 # Writes the text that Gemma 3's own template writes; calls and results too. As there, a system message is put
 # before the first user turn as it stands, while the turns are trimmed.
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+RENAME = "rename it, or work in another folder"
 REVISION_FILE = "REVISION"  # in the folder: which version of the model it holds, and its name on the hub
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each weight file's fingerprint; evenly spread over the file
@@ -57,9 +62,9 @@ def weight_bytes(folder):
 
 def copy_tokenizer(base, folder):
     """Copy a base's tokenizer into `folder`, with CHAT_TEMPLATE in place of the base's own; raise OSError."""
-    for path in Path(base).iterdir():
-        if any(path.match(pattern) for pattern in TOKENIZER_FILES):
-            shutil.copyfile(path, folder / path.name)
+    for name in TOKENIZER_FILES:
+        if Path(base, name).is_file():
+            shutil.copyfile(Path(base, name), folder / name)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if config.pop("chat_template", None):
@@ -108,9 +113,10 @@ def weights_fingerprint(folder):
 
 def is_complete(folder):
     """Return whether `folder` holds a complete model; raise UserError if it holds something else."""
-    if not folder.exists():
+    missing = missing_files(folder)
+    if missing and output_folder.is_vacant(output_folder.resolve(folder, RENAME)):
         return False
-    if missing := missing_files(folder):
+    if missing:
         raise UserError(f"{folder} is not a complete model folder ({', '.join(missing)} missing); rename it")
     return True
 

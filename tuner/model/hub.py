@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import logging
+import os
+from itertools import chain
 from pathlib import Path
 
 import httpx2  # what huggingface_hub sends its requests with
@@ -13,7 +15,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, tqdm
 
 from tuner.model import folders
-from tuner.system import atomic
+from tuner.system import atomic, output_folder
 from tuner.system.errors import UserError
 
 # All that transformers reads, and the license (Gemma's is named in the model card): the same weights in other
@@ -115,10 +117,11 @@ def is_intact(path, file):
 def download(repo, folder):
     """Download `repo` into `folder` (a path), resuming in `<folder>.part` where an earlier call broke off.
 
-    Raise UserError.
+    That folder is marked; if one of its name is not, the next free name is taken. Raise UserError.
     """
     commit, files = ask_hub(repo)
-    part = atomic.part_path(folder)
+    target = output_folder.resolve(folder, folders.RENAME)
+    part = part_folder(target, files)
     present = sum(present_bytes(part, file) for file in files)
     total = sum(file.size for file in files)
     folders.check_free_disk(folder, total - present + RESERVE)
@@ -126,16 +129,34 @@ def download(repo, folder):
     print(f"{repo} into {folder}: {len(files)} files, {total / 1e9:.1f} GB{resumed}", flush=True)
     try:
         part.mkdir(exist_ok=True)
+        output_folder.mark(part)
         with tqdm(total=total, initial=present, unit="B", unit_scale=True, desc=folder.name) as bar:
             for file in files:
                 if not ((part / file.rfilename).exists() and is_intact(part / file.rfilename, file)):
                     download_file(repo, commit, file, part, bar)
         check_complete(repo, part)
         folders.write_origin(part, commit, repo)
-        atomic.fsync_tree(part)
-        atomic.rename_synced(part, folder)
+        atomic.move_into_place(part, target, "config.json")
     except (httpx2.HTTPError, OSError) as error:
         raise explain(error, repo, RETRY if part.is_dir() and any(part.iterdir()) else AGAIN) from error
+
+
+def part_folder(target, files):
+    """Return the folder in which the resolved `target` is downloaded: ours, or not there yet.
+
+    Ours is one that is marked or that, as before there were marks, holds a file to resume and no stranger's.
+    """
+    hidden = "." if output_folder.is_fixed(target) else ""  # in the target itself
+    first = output_folder.work_folder(target) / f"{hidden}{target.name}.part"
+    whole = {file.rfilename for file in files}
+    halves = {incomplete_path(first, file).name for file in files}
+
+    def is_ours(part):
+        names = {path.name for path in part.iterdir()} if part.is_dir() else set()
+        return output_folder.is_marked(part) or (names & halves and names <= whole | halves)
+
+    paths = chain([first], output_folder.numbered_names(first))
+    return next(path for path in paths if not os.path.lexists(path) or is_ours(path))
 
 
 def present_bytes(part, file):

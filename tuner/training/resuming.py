@@ -1,5 +1,7 @@
 """Resume a run, or refuse to, with the command that does it."""
 
+import argparse
+import json
 import os
 import signal
 import sys
@@ -34,6 +36,45 @@ def check_unchanged(output, checkpoint, identity):
             f"{output} cannot be resumed: {', '.join(changed)}; restore what it began with, or start afresh "
             "with --overwrite"
         )
+
+
+def typed_flags(parser, args):
+    """Return the names in the Namespace `args`, as the parser filled it, that were typed, default or not."""
+    without_defaults = argparse.Namespace(**dict.fromkeys(vars(args)))
+    typed = vars(parser.parse_args(namespace=without_defaults))
+    return {name for name, value in typed.items() if value is not None}
+
+
+def check_finished(args, settings, rows):
+    """Raise UserError if a finished run is asked to go on with something else than it had.
+
+    args: with `typed`, the names of the flags that were typed: others do not count, but for the rest of the
+    recipe and for rows that changed in the same file.
+    """
+    _, run = adapter_folder.read_adapter(args.output)
+    before = run.get("settings")
+    before = before if isinstance(before, dict) else {}
+    changed = [
+        checkpoints.describe_change(name, before[name], value)
+        for name, value in settings.items()
+        if before.get(name, value) != value and (name in args.typed or not hasattr(args, name))
+    ]
+    model = str(before.get("model"))
+    if "model" in args.typed and os.path.realpath(model) != os.path.realpath(args.model):
+        changed.append(checkpoints.describe_change("model", model, args.model))
+    same_rows = rows.sha256 == run.get("data_sha256") or rows_sha256(rows) == run.get("rows_sha256")
+    if not same_rows and ("data" in args.typed or args.data == before.get("data")):
+        changed.append("the data changed")
+    if changed:
+        raise UserError(
+            f"{args.output} holds a finished run: {', '.join(changed)}; to train with that, and keep the "
+            f"adapter that is there, type: {typed_command()}"
+        )
+
+
+def rows_sha256(rows):
+    """Return the sha256 of what is learned from rows, whatever form the file has."""
+    return checkpoints.sha256(json.dumps([row["messages"] for row in rows]).encode())
 
 
 def typed_command(add=""):
