@@ -40,7 +40,7 @@ def trained_prompts(messages):
     """
     answers = [number for number, message in enumerate(messages) if is_trained(message)]
     prompts = list(zip(answers, answer_fingerprints(messages), strict=True))
-    asked = [number for number in answers if messages[number - 1]["role"] == "user"]
+    asked = [number for number in answers if number > 1 and messages[number - 1]["role"] == "user"]
     return prompts + [(number, fingerprint([messages[number - 1]])) for number in asked]
 
 

@@ -1,7 +1,4 @@
-"""Say what a file is that is not JSON lines, with the command that makes JSON lines of it.
-
-The commands need only what requirements.txt installs, and write only a file that is not there yet.
-"""
+"""Say what a file is that is not JSON lines, with the command that makes JSON lines of it."""
 
 import ast
 import csv
@@ -14,13 +11,10 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
+from tuner.data import conversion
+from tuner.data.conversion import IN, OUT, ROW, TEXT
 from tuner.system.console import printable
 
-IN, OUT = "sys.argv[1]", "sys.argv[2]"
-TEXT = f"open({IN},encoding='utf-8-sig')"
-# A table's row as JSON has it; its messages may be JSON text.
-ROW = "{**r,'messages':json.loads(r['messages'])} if isinstance(r.get('messages'),str) else r"
-VALUES = ",default=lambda v: v.tolist() if hasattr(v,'tolist') else str(v)"
 # By how a file begins: what it is, the module that reads it, and how. Packed files, as bytes:
 PACKED = {
     b"\x1f\x8b": ("gzip", "gzip", f"gzip.open({IN})"),
@@ -60,13 +54,13 @@ OTHERS = {
 PICKLE = re.compile(rb"\x80[\x02-\x05]")
 MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 TAR = slice(257, 262)  # where a tar archive says "ustar"
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".tar", ".txt")
 CYRILLIC = ("cp1251", "koi8-r", "cp866", "mac-cyrillic")
 FREQUENT = set("оеаинтсрвлк")  # more than half of all letters in Russian
 SAMPLE = 100_000  # bytes
 
 KEY = re.compile(r"[A-Za-z0-9_.-]+(?: [A-Za-z0-9_.-]+)*")  # stands in a command as it is
 ROW_KEYS = {"messages", "conversations", "conversation", "instruction", "prompt", "chosen", "question"}
+WRAPPERS = ("data", "rows", "train", "items", "examples", "samples", "records", "instances", "dataset")
 COLUMN = re.compile(r"\w[\w .-]{0,40}")
 ASKED = ("user", "prompt", "question", "instruction", "input", "query", "вопрос")
 ANSWERED = ("assistant", "completion", "response", "answer", "output", "target", "ответ")
@@ -81,17 +75,17 @@ def describe_bytes(data, path):
             return _packed(data, path, kind)
     for mark, (name, module, rows) in TABLES.items():
         if data.startswith(mark):
-            return f"{name}, not JSON lines; {_make_rows(path, rows, module, ROW)}"
+            return f"{name}, not JSON lines; {conversion.make_rows(path, rows, module, ROW)}"
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
-            return f"{encoding.upper()} text, not UTF-8; {_recode(path, encoding)}"
+            return f"{encoding.upper()} text, not UTF-8; {conversion.recode(path, encoding)}"
     if data.startswith(b"PK\3\4"):
         return _zip(path)
     if data[TAR] == b"ustar":
-        return f"a tar archive, not JSON lines; {_unpack(path, 'tarfile')}"
+        return f"a tar archive, not JSON lines; {conversion.unpack(path, 'tarfile')}"
     if PICKLE.match(data):
         rows = f"(lambda v: v.to_dict('records') if hasattr(v,'to_dict') else v)(pandas.read_pickle({IN}))"
-        cure = _make_rows(path, rows, "pandas", ROW)
+        cure = conversion.make_rows(path, rows, "pandas", ROW)
         return f"a pickle, which runs what code is in it when it is read; if it is your own, {cure}"
     for mark, name in OTHERS.items():
         if data.startswith(mark):
@@ -106,14 +100,14 @@ def describe_encoding(data, path):
         little = sample[1::2].count(0) > sample[::2].count(0)
         encoding = "utf-16-le" if little else "utf-16-be"
         if sample.count(0) > len(sample) / 8 and _decodes(data, encoding):
-            return f"UTF-16 text, not UTF-8; {_recode(path, encoding)}"
+            return f"UTF-16 text, not UTF-8; {conversion.recode(path, encoding)}"
         return "contains a NUL character, as UTF-16 and binary files do; save the file as UTF-8"
     high = len(re.findall(rb"[\x80-\xff]", sample))
     valid = sum(len(c.encode()) for c in sample.decode("utf-8", "ignore") if ord(c) > 127)
     scores = {e: sum(c in FREQUENT for c in sample.decode(e, "ignore")) for e in CYRILLIC}
     best = max(scores, key=scores.get)
     if valid < high / 2 and scores[best] > high / 3 and _decodes(data, best):
-        return f"text in {best}, as it seems, not UTF-8; {_recode(path, best)}"
+        return f"text in {best}, as it seems, not UTF-8; {conversion.recode(path, best)}"
     return "not UTF-8 text; save the file as UTF-8"
 
 
@@ -132,7 +126,7 @@ def describe_text(text, path):
         return _old_mac(text, path) or describe_value(text, path) or _python_notation(text, first, path)
     if YAML.fullmatch(first):
         rows = f"(r for v in yaml.safe_load_all({TEXT}) for r in (v if isinstance(v,list) else [v]) if r)"
-        return f"YAML, not JSON lines; {_make_rows(path, rows, 'yaml')}"
+        return f"YAML, not JSON lines; {conversion.make_rows(path, rows, 'yaml')}"
     return _table(text, first, path)
 
 
@@ -144,31 +138,56 @@ def describe_value(text, path):
     except (ValueError, RecursionError):
         return None
     lines, rest = "\n" in text[begin:end], text[end:].lstrip()
+    if isinstance(value, list):
+        return _bare_messages(value, "" if lines and rest else rest[:1], path)
     if not isinstance(value, dict):
         return None
-    if rest.startswith("{") and lines:
+    if rest.startswith("{") and not lines:
+        keys = (
+            key for key in value if KEY.fullmatch(key) and _is_row(value[key]) and "messages" in value[key]
+        )
+        key = next(keys, None)
+        if key in (None, "body"):  # of a batch of requests, which has no answers
+            return None
+        rows = f"(json.loads(l)['{key}'] for l in {TEXT} if l.strip())"
+        return f"rows within other objects; {conversion.make_rows(path, rows)}"
+    if rest.startswith("{"):
         # Between two objects, and nowhere else in JSON, a line ends after } and before {.
         rows = rf"map(json.loads,re.split(r'(?<=}})\s*\n\s*(?={{)',{TEXT}.read().strip()))"
-        return f"objects of several lines each; {_make_rows(path, rows, 're')}"
+        return f"objects of several lines each; {conversion.make_rows(path, rows, 're')}"
     if rest.startswith(","):
         if not _is_json(f"[{text.strip().rstrip(',')}]"):
             return None
         rows = f"json.loads('['+{TEXT}.read().strip().rstrip(',')+']')"
-        return f"objects with commas between them; {_make_rows(path, rows)}"
+        return f"objects with commas between them; {conversion.make_rows(path, rows)}"
     if rest:
         return None
     found = _rows_in(value, "v")
     if found is None or (found == "[v]" and not lines):
         return None
     what = "one object of several lines" if found == "[v]" else "rows within one object"
-    return f"{what}, not JSON lines; {_make_rows(path, found, before=f'v=json.load({TEXT}); ')}"
+    return f"{what}, not JSON lines; {conversion.make_rows(path, found, before=f'v=json.load({TEXT}); ')}"
+
+
+def _bare_messages(value, following, path):
+    """Return what to do about messages without an object around them: of one conversation or of several."""
+    first = value[0] if value else None
+    if isinstance(first, list) and first and _is_message(first[0]) and not following:
+        rows = f"({{'messages':m}} for m in json.load({TEXT}))"
+    elif _is_message(first) and following in ("", "["):
+        rows = f"({{'messages':json.loads(l)}} for l in {TEXT} if l.strip())"
+        if not following:
+            rows = f"[{{'messages':json.load({TEXT})}}]"
+    else:
+        return None
+    return f'lists without {{"messages": …}} around them; {conversion.make_rows(path, rows)}'
 
 
 def describe_folder(path):
     """Return what to do about a folder in the place of a file."""
     if Path(path, "dataset_dict.json").is_file() or Path(path, "dataset_info.json").is_file():
         rows = f"(lambda d: d if hasattr(d,'features') else d['train'])(datasets.load_from_disk({IN}))"
-        return f"a folder of datasets; {_make_rows(path, rows, 'datasets', ROW)}"
+        return f"a folder of datasets; {conversion.make_rows(path, rows, 'datasets', ROW)}"
     return "a folder; name the file in it"
 
 
@@ -183,9 +202,9 @@ def _packed(data, path, kind):
         except zlib.error:
             return "gzip that is damaged; download it again"
         if start[TAR] == b"ustar":
-            return f"a packed tar archive; {_unpack(path, 'tarfile')}"
+            return f"a packed tar archive; {conversion.unpack(path, 'tarfile')}"
     code = f"import {module},shutil,sys; shutil.copyfileobj({opened},open({OUT},'xb'))"
-    return f"packed with {name}; {_make(path, code, Path(path).with_suffix('').suffix)}"
+    return f"packed with {name}; {conversion.make(path, code, Path(path).with_suffix('').suffix)}"
 
 
 def _zip(path):
@@ -201,18 +220,10 @@ def _zip(path):
         return "an Office document, not JSON lines; export its rows as JSON lines"
     files = [i for i, m in enumerate(members) if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
     if len(files) != 1 or members[files[0]].flag_bits & 1:  # encrypted
-        return f"a zip archive of {len(files)} files; {_unpack(path, 'zipfile')}"
+        return f"a zip archive of {len(files)} files; {conversion.unpack(path, 'zipfile')}"
     code = f"import shutil,sys,zipfile; z=zipfile.ZipFile({IN}); "
     code += f"shutil.copyfileobj(z.open(z.infolist()[{files[0]}]),open({OUT},'xb'))"
-    return f"a zip archive; {_make(path, code, Path(members[files[0]].filename).suffix)}"
-
-
-def _unpack(path, module):
-    if not _is_plain(path):
-        return "unpack it, and name the file in it"
-    folder = _free(path, "")
-    quoted = f"{shlex.quote(str(path))} {shlex.quote(folder)}"
-    return f"unpack it, and name the file of rows in {folder}: python -m {module} -e {quoted}"
+    return f"a zip archive; {conversion.make(path, code, Path(members[files[0]].filename).suffix)}"
 
 
 # ------------------------------------------------------------------------------------------------- texts
@@ -226,17 +237,12 @@ def _decodes(data, encoding):
     return True
 
 
-def _recode(path, encoding):
-    code = f"import sys; open({OUT},'x',encoding='utf-8').write(open({IN},encoding='{encoding}').read())"
-    return _make(path, code, Path(path).suffix)
-
-
 def _old_mac(text, path):
     """Return what to do if lines end with CR alone."""
     lines = [line for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if "\r" not in text.replace("\r\n", "\n").strip() or not _is_json(lines[0]):
         return None
-    return f"lines that end with CR alone, as on old Macs; {_recode(path, 'utf-8-sig')}"
+    return f"lines that end with CR alone, as on old Macs; {conversion.recode(path, 'utf-8-sig')}"
 
 
 def _is_json(text):
@@ -259,7 +265,7 @@ def _python_notation(text, first, path):
         rows = f"[ast.literal_eval({TEXT}.read().strip())]"
     if is_list:
         rows = f"(r for v in {rows} for r in v)"
-    return f"Python's notation, not JSON; {_make_rows(path, rows, 'ast')}"
+    return f"Python's notation, not JSON; {conversion.make_rows(path, rows, 'ast')}"
 
 
 def _is_python(text):
@@ -294,7 +300,7 @@ def _rows_in(value, name):
         if isinstance(part, list) and part and isinstance(part[0], dict):
             if isinstance(part[0].get("row"), dict):
                 return f"(r['row'] for r in {inner})"
-            if ROW_KEYS & set(part[0]):
+            if ROW_KEYS & set(part[0]) or key in WRAPPERS:
                 return inner
         if isinstance(part, dict) and len(inner) < 100:
             found = _rows_in(part, inner)
@@ -345,41 +351,4 @@ def _table(text, first, path):
         row = f"{{'messages':[{turns}]}}"
     reader = f"csv.reader(open({IN},encoding='utf-8-sig',newline=''),delimiter={delimiter!r})"
     rows = f"(r for n,r in enumerate({reader}) if n and r)"
-    return f"{what}, not JSON lines; {_make_rows(path, rows, 'ast,csv', row)}"
-
-
-# ---------------------------------------------------------------------------------------------- commands
-
-
-def _make_rows(path, rows, module="", row="r", before=""):
-    """Return the cure that writes rows, a Python expression, as JSON lines."""
-    more = VALUES * (row == ROW)
-    written = f"json.dumps({row},ensure_ascii=False{more})+'\\n' for r in {rows}"
-    modules = ",".join(filter(None, [module, "json,sys"]))
-    return _make(path, f"import {modules}; {before}open({OUT},'x',encoding='utf-8').writelines({written})")
-
-
-def _make(path, code, suffix=".jsonl"):
-    """Return the cure that runs Python code with the file as its first argument, a new file as the second."""
-    if not _is_plain(path):
-        return "save it as a file of a plain name, and check that"
-    new = _free(path, suffix if suffix in SUFFIXES else ".jsonl")
-    return f'make {new} of it, and name that: python -c "{code}" {shlex.quote(str(path))} {shlex.quote(new)}'
-
-
-def _is_plain(path):
-    """Return whether a command can name what is at a path: no pipe, no control characters."""
-    path = str(path)
-    return Path(path).exists() and path.isprintable() and not path.startswith(("/dev/", "/proc/"))
-
-
-def _free(path, suffix):
-    """Return a path beside the given one that nothing has yet."""
-    base = Path(path)
-    while base.suffix in (*SUFFIXES, ".gz", ".zip", ".bz2", ".xz", ".zst", ".tgz"):
-        base = base.with_suffix("")
-    for number in range(1, 1000):
-        new = base.with_name(base.name + (f"-{number}" if number > 1 else "") + suffix)
-        if not new.exists():
-            return str(new)
-    return str(base.with_name(base.name + "-new" + suffix))
+    return f"{what}, not JSON lines; {conversion.make_rows(path, rows, 'ast,csv', row)}"

@@ -22,7 +22,8 @@ MINORITY = 1 / 3  # a smaller share of rows with, or without, a call teaches "al
 MISSPELLING_RATIO = 10  # a spelling is a slip if a similar one is this many times as frequent
 MIN_LETTERS, MAX_LETTERS = 4, 64  # of names whose spelling is compared; OpenAI takes names of 64
 LATIN, CYRILLIC = "aceopxykABCEHKMOPTXY", "асеорхукАВСЕНКМОРТХУ"  # which look alike
-WORD = re.compile(r"[а-яёa-z]+", re.IGNORECASE)
+# A word of two scripts; looked for at the beginning of a word only, as each try takes the length of the word.
+TWO_SCRIPTS = re.compile(r"(?<![а-яёa-z])(?:[а-яё]+[a-z]|[a-z]+[а-яё])[а-яёa-z]*", re.IGNORECASE)
 EXCERPT = 60  # letters of a turn before the one that a warning is about
 
 
@@ -133,7 +134,7 @@ def warn_of_text(line, row):
             names = hidden_characters.names(character for _, character in hidden)
             found = f"{turn} contains invisible characters: {names}"
             yield RowWarning(line, "invisible", found, excerpt(text, hidden[0][0]))
-        words = {match[0]: match.start() for match in WORD.finditer(text)}
+        words = {match[0]: match.start() for match in TWO_SCRIPTS.finditer(text)}
         for word, position in words.items():
             if mixed := look_alikes(word):
                 found = f'{turn}: in "{printable(word)}" {mixed}'
