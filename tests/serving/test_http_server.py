@@ -1,10 +1,12 @@
 """The HTTP server: what it refuses and to whom, many clients, those that disconnect, errors."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import http.client
 import json
 import socket
+import threading
 import time
 
 import httpx2
@@ -256,6 +258,26 @@ def test_more_than_may_wait_are_refused_and_may_try_again(echo, monkeypatch):
             lambda n: client.chat.completions.create(model="tuned", messages=[USER], max_tokens=1), range(5)
         )
         assert {answer.choices[0].message.content for answer in answers} == {"a"}
+
+
+def test_requests_that_are_being_read_wait_as_well_and_a_stop_refuses_them(echo, monkeypatch):
+    gate, make_generation = threading.Event(), http_server.make_generation
+    monkeypatch.setattr(http_server, "QUEUE", 1)
+    monkeypatch.setattr(http_server, "make_generation", lambda *a: gate.wait(20) and make_generation(*a))
+    shutdown = http_server.Server.shutdown
+
+    async def stop(server, sockets=None):
+        asyncio.get_running_loop().call_later(0.1, gate.set)
+        await shutdown(server, sockets)
+
+    monkeypatch.setattr(http_server.Server, "shutdown", stop)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        with serving(echo) as server:
+            answers = [pool.submit(post, server, {"messages": [USER]}) for _ in range(3)]
+            eventually(lambda: any(answer.done() for answer in answers))
+        results = sorted((answer.result() for answer in answers), key=lambda answer: answer.status_code)
+    assert [answer.status_code for answer in results] == [429, 503, 503]
+    assert results[-1].json()["error"]["message"] == http_server.STOPPING
 
 
 @pytest.mark.parametrize("stream", [True, False])
