@@ -39,7 +39,8 @@ def main():
     wait_for_access = start_access_check(args.model, args.offline)  # the hub answers while rows are checked
     calls = sum(chat_text.has_call(row["messages"]) for _, row in rows)
     general = len(rows) - calls
-    print(f"rows       {len(rows)} of {args.data}: {calls} with a call, {general} without", flush=True)
+    path = console.one_line(args.data)
+    print(f"rows       {len(rows)} of {path}: {calls} with a call, {general} without", flush=True)
     if data.ignored_keys:
         print(f"ignored keys: {printable(', '.join(data.ignored_keys), 200)}")
     warnings = row_warnings.warnings(rows, [prompt for prompt, _ in PROBES], read_held_out(args.data))
@@ -52,7 +53,7 @@ def main():
     if too_long := labels.too_long(lines, lengths, RECIPE.max_tokens):
         raise rows_error(args.data, too_long)
     marked = "green" if console.has_colors() else "between ⟦ and ⟧"
-    print(f"\nlabels     tokenizer of {source}; trained tokens are {marked}")
+    print(f"\nlabels     tokenizer of {console.one_line(source)}; trained tokens are {marked}")
     show_labels(choose_rows(rows, counts, args.rows), tokenizer)
     if args.html:
         write_page(args.html, args.data, rows, warnings, tokenizer)
@@ -101,7 +102,7 @@ def show_warnings(path, warnings):
     for line, kind, text, about in warnings:
         shown[kind] += 1
         if shown[kind] <= SHOWN_PER_KIND:
-            print(f"{path}:{line}: {colorize('warning', YELLOW)}: {printable(text, 300)}")
+            print(f"{console.one_line(path)}:{line}: {colorize('warning', YELLOW)}: {printable(text, 300)}")
             if about is not None:
                 console.print_wrapped(about, "    ", "    ")
     for kind, count in shown.items():
@@ -147,7 +148,7 @@ def write_page(path, data_path, rows, warnings, tokenizer):
         label_page.write(path, data_path, page_rows)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another file") from error
-    print(f"\npage       {path}: open it in a browser")
+    print(f"\npage       {console.one_line(path)}: open it in a browser")
 
 
 # -------------------------------------------------------------------------------------------- access

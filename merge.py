@@ -5,6 +5,7 @@ python merge.py    qlora_output and its base → a folder to serve, gemma-3-4b-i
 
 import argparse
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from train_qlora import OUTPUT_DIR
+from tuner.inference.probes import HELD_OUT
 from tuner.model import folders, gemma_folder, locate
 from tuner.system import atomic, commands, output_folder, signals
 from tuner.system.console import one_line, printable
@@ -96,7 +98,8 @@ def main():
     signals.exit_on_signals(INTERRUPTED)
     config, run = adapter_folder.read_adapter(args.adapter)
     comparison = read_comparison(args.adapter)
-    base = args.base or locate.find_recorded(config["base_model_name_or_path"], args.adapter)
+    recorded, commit = config["base_model_name_or_path"], locate.hub_commit(run)
+    base = args.base or locate.find_recorded(recorded, args.adapter, commit)
     output = f"{Path(base).absolute().name}-merged" if args.output is None else args.output
     target = output_folder.resolve(output)
     output_folder.check_writable(output)
@@ -157,7 +160,9 @@ def merge(adapter, base, output, run, comparison):
     print(f"memory     {devices.format_memory(devices.peak_memory(device))}")
     print(f"time       {time.perf_counter() - started:.1f} s")
     print(f"merged     {one_line(str(output))}, {folders.weight_bytes(output) / 1e9:.1f} GB")
-    print(f"next       {commands.command('compare.py', merged=output)}")
+    data = comparison.get("data")  # what the adapter was judged by
+    data = data if isinstance(data, str) and data != HELD_OUT and os.path.isfile(data) else None
+    print(f"next       {commands.command('compare.py', merged=output, data=data)}")
 
 
 if __name__ == "__main__":

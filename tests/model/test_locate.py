@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.model import locate, small_model
+from tuner.model import folders, locate, small_model
 from tuner.system.errors import UserError
 
 
@@ -81,6 +81,17 @@ def test_a_base_that_moved_is_found_by_its_path_or_name(
         found = locate.find_recorded(recorded, tmp_path / adapter)
         assert (Path(found).absolute() == tmp_path / base) == is_found
         assert is_found or found == recorded
+
+
+def test_a_model_on_the_hub_that_was_downloaded_here_is_not_fetched(tiny_text_model, tmp_path, monkeypatch):
+    name, commit = "google/tiny", "0123456789" * 4
+    folder = shutil.copytree(tiny_text_model, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert locate.find_recorded(name, "out", commit) == name  # whatever it is
+    folders.write_origin(folder, commit, name)
+    assert locate.find_recorded(name, "out", commit) == str(folder)
+    for other in ((name, "out", "1" * 40), (name, "out"), ("else/tiny", "out", commit)):
+        assert locate.find_recorded(*other) == other[0]
 
 
 def test_a_folder_that_is_no_model_is_no_base_that_moved(tmp_path, monkeypatch):

@@ -377,6 +377,19 @@ def test_overwrite_replaces_and_a_kill_between_the_renames_is_repaired(text_adap
     assert folders.missing_files(output) == []
 
 
+@pytest.mark.usefixtures("one_probe")
+def test_the_next_command_is_the_verdict_on_what_was_merged(text_adapter, tmp_path):
+    adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
+    (tmp_path / "my rows.json").touch()
+    mine = f"{tmp_path}/my rows.json"
+    for judged_by, named in (("heldout.json", ""), (f"{tmp_path}/gone.json", ""), (mine, mine)):
+        (adapter / "compare.json").write_text(json.dumps({"data": judged_by}))
+        stdout = run_well(adapter, tmp_path / "it's", "--overwrite")
+        data_flag = f" --data '{named}'" if named else ""
+        quoted = str(tmp_path / "it's").replace("'", "'\"'\"'")
+        assert stdout.endswith(f"\nnext       python compare.py --merged '{quoted}'{data_flag}\n")
+
+
 def test_too_little_disk_or_memory_is_reported_before_anything_is_loaded(tmp_path, capsys):
     with pytest.raises(UserError, match="not enough memory"):
         merging.choose_device(psutil.virtual_memory().total, tmp_path)

@@ -1,6 +1,7 @@
 """Find the base model: in a folder here, built from packages, or on the hub."""
 
 import os
+import re
 from pathlib import Path
 
 from tuner.model import folders, gemma_folder, hub, small_model
@@ -24,17 +25,30 @@ def record(model):
     return os.path.abspath(model) if is_local(model) else model
 
 
-def find_recorded(model, adapter):
+def hub_commit(run):
+    """Return the version on the hub of the base that a run.json records, None if it was no hub's."""
+    commit = run.get("revision")
+    return commit if isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) else None
+
+
+def find_recorded(model, adapter, commit=None):
     """Return where the base is that the adapter in a folder records: `model` itself if it is found nowhere.
 
     A folder that is no longer there may have moved along with the adapter, or be here: looked for is one of
-    the same path, or name, in the working directory, beside the adapter and above.
+    the same path, or name, in the working directory, beside the adapter and above. A model on the hub may
+    have been downloaded there, in the version `commit`.
     """
-    names = [model, Path(model).name] if is_local(model) else [model]
+    if os.path.exists(model):
+        return model
     above = Path(adapter).resolve().parents[:3]  # a checkpoint is two folders deeper than its run
-    paths = [Path(folder, name) for folder in (Path.cwd(), *above) for name in names]
-    found = (str(path) for path in paths if os.path.isdir(path) and not folders.missing_files(path))
-    return model if os.path.exists(model) else next(found, model)
+    for folder in (Path.cwd(), *above):
+        for path in (Path(folder, model), Path(folder, Path(model).name)):
+            if not os.path.isdir(path) or folders.missing_files(path):
+                continue
+            is_copy = commit and (folders.hub_name(path), folders.revision(path)) == (model, commit)
+            if is_local(model) or path == Path(folder, model) or is_copy:
+                return str(path)
+    return model
 
 
 def find_model(model, rehearse, cure="check --model", commit=None):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -100,10 +99,8 @@ def find_base(adapter, base=None):
     Raise UserError if there is none, or the adapter does not fit it.
     """
     config, run = adapter_folder.read_adapter(adapter)
-    commit = run.get("revision")
-    if not (isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit)):
-        commit = None
-    name = base or locate.find_recorded(config["base_model_name_or_path"], adapter)
+    commit = locate.hub_commit(run)
+    name = base or locate.find_recorded(config["base_model_name_or_path"], adapter, commit)
     cure, is_missing = f"the adapter in {adapter} needs it; {NAME_IT}", not os.path.exists(name)
     on_cpu = not torch.cuda.is_available()
     if base is None and is_missing and on_cpu and Path(name).name == folders.SMALL_FOLDER:
