@@ -17,6 +17,7 @@ import merge
 import serve
 import train_qlora
 from tests.support.scripts import run_main
+from tests.support.training import load_base
 from tuner.model import gemma_folder, gemma_tokenizer
 from tuner.system.errors import UserError
 
@@ -95,6 +96,16 @@ REFUSED = {
         lambda b: edit(b / "tokenizer_config.json", tokenizer_class="RagTokenizer"),
         'another tokenizer than Gemma\'s (tokenizer_config.json: "RagTokenizer")',
     ),
+    "no window": (
+        lambda b: edit(b / "config.json", sliding_window=None),
+        "(config.json: sliding_window is null)",
+    ),
+    "no layers": (lambda b: edit(b / "config.json", num_hidden_layers=0), "num_hidden_layers is 0"),
+    "too many heads": (
+        lambda b: edit(b / "config.json", num_attention_heads=10**30),
+        "num_attention_heads is 10",
+    ),
+    "a width as text": (lambda b: edit(b / "config.json", hidden_size="64"), 'hidden_size is "64"'),
     "quantized": (quantize, "is quantized already; use the unquantized model"),
     "in 8 bits": (lambda b: convert(b, torch.int8), "has weights in I8 ("),
     "in fp64": (lambda b: convert(b, torch.float64), "has weights in F64 ("),
@@ -130,12 +141,6 @@ def test_values_that_run_nothing_are_let_through(base):
     gemma_folder.check(base, base, CURE)
     edit(base / "config.json", "rope_parameters", nested='{"a":' * 900)
     gemma_folder.check(base, base, CURE)
-
-
-def test_a_tokenizer_that_is_cut_short_is_one_line(base):
-    cut(base / "tokenizer.json")
-    with pytest.raises(UserError, match=r"base cannot be loaded as a model \(.*\); rename it and download"):
-        gemma_tokenizer.load_tokenizer(base)
 
 
 def test_every_auto_class_is_told_to_run_no_code():
@@ -179,3 +184,66 @@ def test_no_script_runs_code_of_a_strangers_base_or_asks_whether_to(
     assert code == expected
     assert len(errors.splitlines()) == 1
     assert "a/base names code to run (config.json: auto_map), which is never done here; " in errors
+
+
+def replace(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+TOKENIZERS = {
+    "cut short": lambda b: cut(b / "tokenizer.json"),
+    "no object": lambda b: (b / "tokenizer.json").write_text("[]"),
+    "a page": lambda b: (b / "tokenizer.json").write_text("<html>"),
+    "of another kind": lambda b: replace(b / "tokenizer.json", '"type": "BPE"', '"type": "WordPiece"'),
+    "no bos": lambda b: edit(b / "tokenizer_config.json", bos_token=""),
+    "another bos": lambda b: edit(b / "tokenizer_config.json", bos_token="<eos>"),
+    "no pad": lambda b: edit(b / "tokenizer_config.json", pad_token=None),
+    "a tag of many tokens": lambda b: replace(b / "tokenizer.json", '"<start_of_turn>"', '"<start_of_time>"'),
+    "letters lost": lambda b: edit(b / "tokenizer.json", decoder=None),
+    "a length that is none": lambda b: edit(b / "tokenizer_config.json", model_max_length=[]),
+    "config cut": lambda b: cut(b / "tokenizer_config.json"),
+    "template cut": lambda b: cut(b / "chat_template.jinja"),
+    "another template": lambda b: (b / "chat_template.jinja").write_text("{{ messages[0].content }}"),
+    "a template that refuses": lambda b: (b / "chat_template.jinja").write_text(
+        "{{ raise_exception('no') }}"
+    ),
+    "a template that fails": lambda b: (b / "chat_template.jinja").write_text("{{ 1 // 0 }}{{ 1 / 0 }}"),
+    "a template without end": lambda b: (b / "chat_template.jinja").write_text("{% for a in b %}"),
+    "no template": lambda b: (b / "chat_template.jinja").unlink(),
+}
+
+
+@pytest.mark.parametrize("what", TOKENIZERS)
+def test_a_tokenizer_that_is_not_gemmas_is_one_line(base, what):
+    TOKENIZERS[what](base)
+    if what == "a length that is none":  # no row is as long as any that Gemma's says, and it is not asked
+        gemma_tokenizer.load_tokenizer(base)
+        return
+    with pytest.raises(UserError) as error:
+        gemma_tokenizer.load_tokenizer(base)
+    assert str(base) in str(error.value)
+    assert str(error.value).isprintable()
+    assert "; " in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", [-1, 512, 10**12, "1", [], [1, "x"], 1.5, True, {"a": 1}])
+def test_end_tokens_that_are_none_are_one_line(base, key, value):
+    edit(base / "generation_config.json", **{key: value})
+    with pytest.raises(UserError, match=r"base (is damaged \(generation_config|cannot be loaded)"):
+        load_base(str(base), None)
+
+
+def test_how_the_folder_would_sample_changes_no_answer(base):
+    wild = {"temperature": 0.1, "num_beams": 7, "cache_implementation": "static", "min_length": 99}
+    edit(base / "generation_config.json", **wild)
+    settings = load_base(str(base), None).generation_config
+    assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == ([1, 106], 0, 2)
+    assert settings.to_diff_dict().keys() <= {
+        "eos_token_id",
+        "pad_token_id",
+        "bos_token_id",
+        "transformers_version",
+    }

@@ -15,6 +15,10 @@ from tuner.system.scripts import is_out_of_memory
 # The model_type of config.json and of the parts in it; None: transformers knows that one by itself.
 TYPES = {"": ("gemma3", "gemma3_text"), "text_config": (None, "gemma3_text")}
 TYPES |= {"vision_config": (None, "siglip_vision_model")}
+# Of the text model, in config.json: whole numbers, none of them so large in any Gemma 3.
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+SIZES += ("num_key_value_heads", "vocab_size", "sliding_window", "max_position_embeddings")
+LARGEST_SIZE = 2**24
 TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 # Small JSON files that transformers reads, or that go along into a merged model for others to read.
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -67,6 +71,11 @@ def check_config(config, name, cure):
         if model_type not in types:
             key = f"{part}.model_type".lstrip(".")
             raise UserError(f"{name} is not a Gemma 3 (config.json: {key} is {shown(model_type)}); {cure}")
+    text = config.get("text_config") or config
+    for key in (key for key in SIZES if key in text):
+        if type(text[key]) is not int or not 0 < text[key] <= LARGEST_SIZE:
+            reason = f"config.json: {key} is {shown(text[key])}"
+            raise UserError(f"{name} is damaged ({reason}); {DOWNLOAD_AGAIN}")
     if config.get("quantization_config"):
         raise UserError(f"{name} is quantized already; {UNQUANTIZED}")
 

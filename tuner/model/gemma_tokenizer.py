@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from pathlib import Path
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from tuner.data import chat_text
@@ -11,6 +10,8 @@ from tuner.model import folders, gemma_folder
 from tuner.system.console import printable
 from tuner.system.errors import UserError
 
+TAGS = {"<bos>": 1, "<start_of_turn>": 4, chat_text.END_OF_TURN: 3}  # in the second of PLAIN
+UNLIMITED = 10**30  # rows are checked by the recipe's max_tokens; transformers would warn of its own limit
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 # What a base's own template must write as folders.CHAT_TEMPLATE does: else the base learned another form.
 PLAIN = ([USER], [USER, ASSISTANT, USER], [{"role": "system", "content": "c"}, USER])
@@ -26,6 +27,7 @@ def load_tokenizer(model, **kwargs):
         gemma_folder.check_json(model, model, "choose one with --model")
     with gemma_folder.explained(model) if is_folder else nullcontext():
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, **kwargs)
+    tokenizer.model_max_length = UNLIMITED
     if tokenizer.chat_template is None:
         raise UserError(f"{model} has no chat template; use an instruction-tuned model: {folders.BASE_MODEL}")
     if chat_text.END_OF_TURN not in tokenizer.get_vocab():
@@ -41,12 +43,30 @@ def load_tokenizer(model, **kwargs):
                 f"{model}: its chat template is not Gemma 3's: it gives {printable(repr(text), 120)} for "
                 f"{expected!r}; choose another --model, or copy tuner/model/chat_template.jinja there"
             )
+    check_tokens(model, tokenizer)
     return tokenizer
+
+
+def check_tokens(model, tokenizer):
+    """Raise UserError unless a plain prompt has Gemma 3's special tokens, and decodes to itself."""
+    text = render(tokenizer, PLAIN[1])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    counts = {tag: ids.count(tokenizer.convert_tokens_to_ids(tag)) for tag in TAGS}
+    special = {tokenizer.bos_token: "<bos>", tokenizer.pad_token: "<pad>"}
+    if (
+        counts != TAGS
+        or any(is_now != tag for is_now, tag in special.items())
+        or tokenizer.decode(ids) != text
+    ):
+        raise UserError(
+            f"{model}: its tokenizer is not Gemma 3's, or damaged: it reads {printable(repr(text), 120)} as "
+            f"{printable(str(tokenizer.convert_ids_to_tokens(ids)), 120)}; {gemma_folder.DOWNLOAD_AGAIN}"
+        )
 
 
 def render(tokenizer, messages):
     """Return the prompt of a conversation; an error of the chat template as its text."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError) as error:
+    except Exception as error:  # a template may fail in any way
         return f"an error: {error}"
