@@ -119,6 +119,10 @@ READ = {
             END,
         ],
     ),
+    "a call as a stream gives it": (
+        [USER, calling({**call(), "index": 0, "type": ""}), result(tool_call_id="1")],
+        [USER, CALLED, rendered()],
+    ),
     "a call without a result": ([USER, calling(call()), END], [USER, CALLED, END]),
     "results in another order": (
         [USER, calling(call("1"), call("2")), result("2", tool_call_id="2"), result("1", tool_call_id="1")],

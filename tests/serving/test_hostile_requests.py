@@ -45,6 +45,13 @@ HOSTILE = {  # what takes time: to tokenize, to escape and read back, to report,
             },
         ]
     },
+    "many results of no call": {
+        "messages": [
+            USER,
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}] * 4000},
+            *[{"role": "tool", "name": "g", "content": ""}] * 4000,
+        ]
+    },
     "many faults": padded(b'{"messages": [', b"1,", b"1]}"),
     "many tools that are none": padded(b'{"messages": [], "tools": [', b"1,", b"1]}"),
     "many messages": {"messages": [USER, {"role": "assistant", "content": "b"}] * 6000},

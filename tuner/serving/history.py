@@ -6,6 +6,7 @@ back, has ended the conversation. What has one meaning is read so, the rest is r
 
 import math
 import re
+from collections import defaultdict, deque
 from typing import NamedTuple
 
 from tuner.data import row_faults, tool_call
@@ -45,6 +46,7 @@ class History:
     def __init__(self):
         self.system, self.turns = [], []
         self.waiting = {}  # the calls of the last assistant turn that have no result, by place
+        self.queues = defaultdict(deque)  # that turn's calls, by what a result may know of them
         self.known = {}  # the last call with each id
 
     def turn(self, role):
@@ -53,7 +55,9 @@ class History:
             self.turns.append(Turn("user"))
         if not self.turns or self.turns[-1].role != role:
             self.turns.append(Turn(role))
-            self.waiting = {} if role == "assistant" else self.waiting
+            if role == "assistant":
+                self.waiting.clear()
+                self.queues.clear()
         return self.turns[-1]
 
     def add(self, message):
@@ -76,6 +80,9 @@ class History:
             call = Call(call_id, name, len(self.turns[-1].lines))
             self.turns[-1].lines.append(tag)
             self.waiting[call.place] = self.known[call_id] = call
+            known_by = [("id", call_id)] if call_id is not None else [("no id", None), ("no id", name)]
+            for key in [*known_by, ("any", None), ("any", name)]:
+                self.queues[key].append(call)
 
     def add_result(self, message, text):
         """Add a result to the user's turn, unless its call was cut off with the beginning of the history."""
@@ -94,12 +101,15 @@ class History:
 
         It is the one with the result's id, or, where one of them has none, the next that waits for a result.
         """
-        if call_id is not None:
-            same_id = (call for call in self.waiting.values() if call.id == call_id)
-            if call := next(same_id, self.known.get(call_id)):
-                return call
-        waiting = (call for call in self.waiting.values() if None in (call.id, call_id))
-        return next((call for call in waiting if name in (None, call.name)), None)
+        if call_id is None:
+            return self.next_waiting("any", name)
+        return self.next_waiting("id", call_id) or self.known.get(call_id) or self.next_waiting("no id", name)
+
+    def next_waiting(self, *key):
+        queue = self.queues[key]
+        while queue and self.waiting.get(queue[0].place) is not queue[0]:
+            queue.popleft()
+        return queue[0] if queue else None
 
     def render(self):
         system = [{"role": "system", "content": "\n\n".join(self.system)}] if self.system else []
@@ -166,7 +176,7 @@ def read_calls(message):
         call = call if isinstance(call, dict) else {}
         function = call.get("function")
         name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name or call.get("type") not in (None, "function"):
+        if not isinstance(name, str) or not name or (call.get("type") or "function") != "function":
             raise ValueError(f"call {number} is not one of a function with a name; write {CALL_FORM}")
         try:
             yield read_id(call, "id"), name, tag_of(name, function.get("arguments"))
