@@ -78,6 +78,13 @@ def test_others_are_answered_while_a_large_request_is_refused(echoing, body):
     assert longest < 0.5
 
 
+def test_a_long_name_is_not_repeated_in_every_result_of_its_call(echoing):
+    body = calling("a" * 60_000, "{}")
+    body["messages"] += [{"role": "tool", "tool_call_id": "1"}] * 200
+    message = post(echoing, body).json()["error"]["message"]
+    assert message.startswith("at least "), "refused before 12 MB of text are written and tokenized"
+
+
 def test_others_are_answered_while_a_body_arrives_byte_by_byte(echoing):
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     chunks = b"1\r\n \r\n" * 40_000 + b"2\r\n{}\r\n0\r\n\r\n"

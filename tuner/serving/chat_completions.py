@@ -130,7 +130,7 @@ def make_generation(request, names, tokenizer, context):
         messages = render_history(messages)
     except ValueError as error:
         raise http_error(400, printable(str(error), 200), param="messages") from None
-    characters = sum(len(message["content"].strip()) for message in messages)
+    characters = sum(len(message["content"].strip()) + len(message.get("name", "")) for message in messages)
     least = TURN_TOKENS * len(messages) + characters // LONGEST_TOKEN
     if least > context:
         raise too_long(f"at least {least} prompt tokens", context)
