@@ -67,6 +67,15 @@ def warnings_of(*rows, **kwargs):
             [row("Мой счёт", CALL.replace("{}", "[]"))],
             ["1 call: turn 2: malformed call: the arguments are not a JSON object"],
         ),
+        ([row("Мой счёт", f"Смотрю.\n{CALL}\n{CALL}")], []),
+        (
+            [row("Мой счёт", f"{CALL}\nи ещё {CALL}")],
+            ["1 call: turn 2: malformed call: text around the call"],
+        ),
+        (
+            [row("Мой счёт", f"{CALL}\n{CALL[:-1]}")],
+            ["1 call: turn 2: malformed call: the tag is not closed"],
+        ),
         ([row("Мой счёт", CALL.replace('"', "'"))], ["1 call: turn 2: non-canonical call: single quotes"]),
         ([row("Первый вопрос", f"{CALL} вот", "А второй", "Да.")],
          ["1 call: turn 2: malformed call: text around the call"]),
@@ -109,7 +118,6 @@ def test_rows_with_tool_calls_are_checked_as_the_text_that_they_become(tmp_path,
         "4 invisible: turn 3 contains invisible characters: ZERO WIDTH SPACE",
         "4 invisible: turn 4 contains invisible characters: ZERO WIDTH SPACE",
         "4 whitespace: turn 5 begins or ends with whitespace, which is not trained",
-        "4 call: turn 2: malformed call: several calls",
     ]
     trained = "".join(
         text for text, trained, _ in labels.pieces(read[1], tokenizer, preprocess_function) if trained

@@ -166,12 +166,10 @@ def warn_of_calls(rows):
             text = message["content"].strip()
             if not chat_text.is_trained(message) or not tool_call.looks_like_call(text):
                 continue
-            call, reason = tool_call.parse(text)
-            found = [f"malformed call: {reason}"] if call is None else []
-            if call and call.deviations:
-                found.append(f"non-canonical call: {', '.join(call.deviations)}")
-            calls = [part for part in tool_call.split_text(text)[0] if not isinstance(part, str)]
+            calls, found = calls_of(text)
             for call in calls:
+                if call.deviations:
+                    found.append(f"non-canonical call: {', '.join(call.deviations)}")
                 found += tool_arguments.faults(call.name, call.arguments, declared)
                 names[call.name].append((line, text))
                 for key in call.arguments:
@@ -183,6 +181,19 @@ def warn_of_calls(rows):
             shown = f'"{printable(rare)}" may be a misspelling of "{printable(usual)}"'
             for line, text in spellings[rare]:
                 yield RowWarning(line, "spelling", f"{kind} {shown} ({counts[usual]} times)", text)
+
+
+def calls_of(text):
+    """Return (calls, [what is malformed]) of an answer: calls on lines of their own, after words or not."""
+    parts = tool_call.split_text(text)[0]
+    calls = [part for part in parts if not isinstance(part, str)]
+    words = [part for part in parts if isinstance(part, str)]
+    for part in words:
+        if tool_call.looks_like_call(part):
+            return calls, [f"malformed call: {tool_call.parse(part)[1]}"]
+    before = words.pop(0) if isinstance(parts[0], str) else "\n"
+    apart = before.endswith("\n") and not isinstance(parts[-1], str) and not "".join(words).strip()
+    return calls, [] if apart else ["malformed call: text around the call"]
 
 
 def misspellings(counts):
