@@ -150,6 +150,7 @@ KINDS = {  # name of the file: (its bytes, what it is said to be)
     "pairs;.csv": (as_csv(PAIRS, delimiter=";"), "CSV with the columns вопрос, answer"),
     "pairs.tsv": (as_csv(PAIRS, delimiter="\t"), "CSV with the columns вопрос, answer"),
     "texts.csv": (as_csv(TEXTS), "CSV with the columns messages, id"),
+    "tools.csv": (as_csv([{"tools": "", **t} for t in TEXTS]), "CSV with the columns tools, messages, id"),
     "repr.csv": (
         as_csv([{"id": 1, "messages": str(r["messages"])} for r in ROWS]),
         "CSV with the columns id, mes",
@@ -242,6 +243,10 @@ def test_a_command_works_as_it_is_typed(name, data, tmp_path, monkeypatch):
             "название,дата,сумма\nа,б,в".encode(),
             "CSV with the columns название, дата, сумма, not JSON",
         ),
+        (
+            b"messages,id\n\"[{'role': 'user'}\n {'role': 'assistant'}]\",1",
+            "CSV with the columns messages, id",
+        ),
         ("а\0б".encode(), "contains a NUL character"),
         ("да".encode() + b"\xff", "not UTF-8 text; save the file as UTF-8"),
         ("Привет, как дела?".encode(), "not valid JSON"),
@@ -249,7 +254,9 @@ def test_a_command_works_as_it_is_typed(name, data, tmp_path, monkeypatch):
 )
 def test_what_no_command_makes_rows_of_is_named_too(data, says, tmp_path):
     (tmp_path / "rows.json").write_bytes(data)
-    assert refusal(tmp_path / "rows.json").startswith(says)
+    text = refusal(tmp_path / "rows.json")
+    assert text.startswith(says)
+    assert "python" not in text
 
 
 def test_no_command_overwrites_a_file_or_reads_a_pipe_again(tmp_path, monkeypatch):

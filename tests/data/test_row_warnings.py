@@ -185,8 +185,8 @@ def test_every_call_of_a_row_is_compared_with_its_tools():
         '1 call: turn 4: "f" is called with b, which "tools" does not declare; add it there',
         '1 call: turn 4: "g" is called with a, b, which "tools" does not declare; add it there',
         '2 call: turn 2: calls "h", which "tools" does not declare; add it there',
-        '3 call: turn 2: "f" is called with null for a, as table formats fill in; leave these out, and keep '
-        '"arguments" as JSON text in tables',
+        '3 call: turn 2: "f" is called with null for a, as table formats fill in; leave these out '
+        '(docs/rows.md has a command), or let "tools" allow null',
     ]
 
 

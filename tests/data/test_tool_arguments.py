@@ -7,8 +7,8 @@ from tuner.data import tool_arguments
 TEXT = {"type": "string"}
 RATE = {"type": "object", "properties": {"currency": TEXT, "day": TEXT}}
 NULL = (
-    '"f" is called with null for {}, as table formats fill in; leave these out, and keep "arguments" as JSON '
-    "text in tables"
+    '"f" is called with null for {}, as table formats fill in; leave these out (docs/rows.md has a command), '
+    'or let "tools" allow null'
 )
 UNDECLARED = '"f" is called with {}, which "tools" does not declare; add it there'
 MISSING = '"f" is called without {}, which "tools" requires; add it'

@@ -11,7 +11,23 @@ TEXT = f"open({IN},encoding='utf-8-sig')"
 # A table's row as JSON has it; its messages may be JSON text.
 ROW = "{**r,'messages':json.loads(r['messages'])} if isinstance(r.get('messages'),str) else r"
 VALUES = ",default=lambda v: v.tolist() if hasattr(v,'tolist') else str(v)"
+# Of files that are written, and of those that are read besides.
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".tar", ".txt")
+OTHERS = (
+    ".gz",
+    ".tgz",
+    ".zip",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".pkl",
+    ".pickle",
+    ".feather",
+    ".orc",
+    ".db",
+    ".sqlite",
+    ".yml",
+)
 
 
 def make_rows(path, rows, module="", row="r", before=""):
@@ -39,7 +55,7 @@ def _is_plain(path):
 def _free(path, suffix):
     """Return a path beside the given one that nothing has yet."""
     base = Path(path)
-    while base.suffix in (*SUFFIXES, ".gz", ".zip", ".bz2", ".xz", ".zst", ".tgz"):
+    while base.suffix in (*SUFFIXES, *OTHERS):
         base = base.with_suffix("")
     for number in range(1, 1000):
         new = base.with_name(base.name + (f"-{number}" if number > 1 else "") + suffix)
@@ -49,11 +65,13 @@ def _free(path, suffix):
 
 
 def recode(path, encoding):
+    """Return the cure that writes a text of another encoding, or of other line ends, as UTF-8."""
     code = f"import sys; open({OUT},'x',encoding='utf-8').write(open({IN},encoding='{encoding}').read())"
     return make(path, code, Path(path).suffix)
 
 
 def unpack(path, module):
+    """Return the cure that unpacks an archive with zipfile or tarfile into a new folder."""
     if not _is_plain(path):
         return "unpack it, and name the file in it"
     folder = _free(path, "")

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import io
 import json
 import re
 import shlex
@@ -325,30 +326,38 @@ def _table(text, first, path):
     """Return what to do about CSV: the columns that are messages, or a question and its answer."""
     try:
         tables = [(next(csv.reader([first], delimiter=d)), d) for d in ",;\t"]
+        header, delimiter = max(tables, key=lambda table: len(table[0]))
+        lines = csv.reader(io.StringIO(text[: 10 * SAMPLE], newline=""), delimiter=delimiter)
+        cells = (next(lines, []), next(lines, []))[1]
     except csv.Error:
         return None
-    header, delimiter = max(tables, key=lambda table: len(table[0]))
     header = [name.strip().lower() for name in header]
     if not all(map(COLUMN.fullmatch, header)) or (len(header) < 2 and header != ["messages"]):
         return None
-    what = f"CSV with the columns {printable(', '.join(header))}"
-    if "messages" in header:
-        position = header.index("messages")
-        try:
-            lines = text[: 10 * SAMPLE].split("\n", 2)
-            cell = next(csv.reader(lines[1:2], delimiter=delimiter))[position]
-        except (csv.Error, IndexError, StopIteration):
-            cell = ""
-        parse = "json.loads" if _is_json(cell) else "ast.literal_eval"
-        row = f"{{'messages':{parse}(r[{position}])}}"
-    else:
-        asked = next((i for i, name in enumerate(header) if name in ASKED), 0)
-        answered = next((i for i, name in enumerate(header) if name in ANSWERED), 1)
-        if asked == answered or (len(header) > 2 and {header[asked], header[answered]} - {*ASKED, *ANSWERED}):
-            return f"{what}, not JSON lines; write each row as messages"
-        what += f", of which {header[asked]} and {header[answered]} are taken" * (len(header) > 2)
-        turns = f"{{'role':'user','content':r[{asked}]}},{{'role':'assistant','content':r[{answered}]}}"
-        row = f"{{'messages':[{turns}]}}"
+    what = f"CSV with the columns {printable(', '.join(header))}, not JSON lines"
+    taken, row = _row_of_table(header, cells)
+    if row is None:
+        return f"{what}; export the rows as JSON lines of messages"
+    what += f" ({' and '.join(taken)} will be taken)" * (len(taken) < len(header))
     reader = f"csv.reader(open({IN},encoding='utf-8-sig',newline=''),delimiter={delimiter!r})"
     rows = f"(r for n,r in enumerate({reader}) if n and r)"
-    return f"{what}, not JSON lines; {conversion.make_rows(path, rows, 'ast,csv', row)}"
+    return f"{what}; {conversion.make_rows(path, rows, 'ast,csv', row)}"
+
+
+def _row_of_table(header, cells):
+    """Return ([columns that make a row], Python's expression for it), None for one if none do."""
+    if "messages" in header:
+        taken = [name for name in ("messages", "tools") if name in header]
+        cell = "".join(cells[header.index("messages") :][:1])
+        if not _is_json(cell) and not _is_python(cell):  # what NumPy prints, for one
+            return taken, None
+        parse, nothing = ("json.loads", "null") if _is_json(cell) else ("ast.literal_eval", "None")
+        parts = [f"'{name}':{parse}(r[{header.index(name)}] or '{nothing}')" for name in taken]
+        return taken, f"{{{','.join(parts)}}}"
+    asked = next((i for i, name in enumerate(header) if name in ASKED), 0)
+    answered = next((i for i, name in enumerate(header) if name in ANSWERED), 1)
+    taken = [header[asked], header[answered]]
+    if asked == answered or (len(header) > 2 and set(taken) - {*ASKED, *ANSWERED}):
+        return taken, None
+    turns = f"{{'role':'user','content':r[{asked}]}},{{'role':'assistant','content':r[{answered}]}}"
+    return taken, f"{{'messages':[{turns}]}}"

@@ -50,7 +50,7 @@ def faults(name, arguments, declared):
                     queue.append(((path, key), item, True if schema is None else schema))
             missing += [(path, key) for keys in shape.required for key in _absent(keys, value)]
     if nulls:
-        cure = 'leave these out, and keep "arguments" as JSON text in tables'
+        cure = 'leave these out (docs/rows.md has a command), or let "tools" allow null'
         yield f"{shown} is called with null for {_list(nulls)}, as table formats fill in; {cure}"
     if unknown:
         yield f'{shown} is called with {_list(unknown)}, which "tools" does not declare; add it there'
