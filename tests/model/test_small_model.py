@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer
 
 from tuner.model import small_model
 from tuner.model.folders import missing_files
+from tuner.system import output_folder
 from tuner.system.errors import UserError
 
 
@@ -28,6 +29,45 @@ def test_small_needs_disk(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"small needs 1000000\.0 GB of free disk"):
         small_model.build_small(tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
+
+
+class Package:
+    """A package that holds a model of one byte."""
+
+    MODEL_NAME = "small.gguf"
+
+    @staticmethod
+    def assemble(path):
+        path.write_bytes(b"g")
+        return path
+
+
+@pytest.mark.parametrize("target", ["itself", "missing", "stray"])
+def test_small_is_built_where_its_name_leads_and_leaves_what_is_beside(tmp_path, target):
+    folder, place = tmp_path / "small", tmp_path / ("small" if target == "itself" else "disk/model")
+    (tmp_path / "disk").mkdir()
+    if target == "stray":
+        place.mkdir()
+        (place / ".DS_Store").touch()
+    if target != "itself":
+        folder.symlink_to("disk/model")
+    for beside in ("small.part", "disk/model.part"):
+        (tmp_path / beside).mkdir()
+        (tmp_path / beside / "mine").write_text("mine")
+    with (
+        pytest.raises(UserError, match=r"could not be built \(no\)"),
+        small_model.unpacked(Package, folder) as (_, part),
+    ):
+        raise ValueError("no")
+    assert output_folder.is_vacant(folder)
+    with small_model.unpacked(Package, folder) as (gguf, part):
+        assert part.parent.parent == place.parent
+        (part / "config.json").write_text(gguf)
+    assert {path.name for path in place.iterdir()} - {".DS_Store"} == {"config.json"}
+    assert (place / ".DS_Store").exists() == (target == "stray")
+    beside = {path.name for path in place.parent.iterdir()} - {"small.part", "model.part", "disk"}
+    assert beside == {place.name}
+    assert (tmp_path / "small.part/mine").exists()
 
 
 def test_pinned_hash_is_a_sha256():

@@ -273,6 +273,17 @@ def test_an_output_that_can_be_no_folder_of_a_run_is_one_line(finished_run, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_names_that_are_no_text_are_trained_on_and_to(arguments, tmp_path):
+    data, output = (os.fsdecode(name) for name in (b"r\xff.json", b"o\xff"))
+    shutil.copyfile(ROOT / "examples.json", tmp_path / data)
+    code, out, errors = run_training(
+        *arguments, "--epochs", 1, "--data", data, "--output", output, folder=tmp_path
+    )
+    assert code == 0, errors
+    assert "rows       70 of r\ufffd.json:" in out
+    assert run_json(tmp_path / output)["settings"]["data"] == data
+
+
 def test_rows_are_read_once_from_a_pipe(arguments, tmp_path):
     data = (ROOT / "examples.json").read_bytes()
     reader, writer = os.pipe()

@@ -58,6 +58,13 @@ def test_files_of_the_user_beside_it_stay(tmp_path):
     assert [entry.read_text() for entry in others] == ["mine"] * 5
 
 
+def test_a_name_that_is_no_text_is_kept_in_json(tmp_path):
+    name = os.fsdecode(b"\xff \xd0\xb6.json")
+    atomic.write_json(tmp_path / name, {"data": name})
+    assert (tmp_path / name).read_text(encoding="utf-8") == '{\n "data": "\\udcff ж.json"\n}\n'
+    assert json.loads((tmp_path / name).read_bytes()) == {"data": name}
+
+
 def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
     (tmp_path / "disk").mkdir()
     link = tmp_path / "report.json"

@@ -46,13 +46,15 @@ def clear_workspaces(target, replaced=()):
     """Do for workspaces of `target` what their owners, who were killed, can no longer do."""
     name = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}\.part")
     folder = output_folder.work_folder(target)
-    paths = [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []
+    paths = []
+    with suppress(OSError):  # it is not there, or may not be listed
+        paths = [path for path in folder.iterdir() if name.fullmatch(path.name) and not path.is_symlink()]
     for path in paths:
         with suppress(OSError):  # killed before it was marked, or after
             path.rmdir()
-        if output_folder.is_marked(path) and not path.is_symlink():
-            lock = filelock.FileLock(path / MARK)
-            with suppress(filelock.Timeout, OSError):
+        with suppress(OSError):  # a lock that is held too, and what belongs to another user
+            if output_folder.is_marked(path):
+                lock = filelock.FileLock(path / MARK)
                 lock.acquire(blocking=False)
                 _close(path, target, lock, replaced)
 
@@ -169,11 +171,17 @@ def open_text(path):
         (work / NEW).replace(target)
 
 
+def to_json(value):
+    """Return a value as JSON text; half a character, of a file name that is not UTF-8, as its escape."""
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_json(path, value, cure="choose another file"):
     """Write `value` to `path` as JSON, atomically. Raise UserError, with the cure, if that fails."""
     try:
         with open_text(path) as file:
-            file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+            file.write(to_json(value))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); {cure}") from error
 

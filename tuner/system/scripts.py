@@ -15,9 +15,12 @@ def run_script(
 ):
     """Run `main` and exit with what it returns, or with `error_code` for what a user can fix.
 
+    What stdout cannot encode, such as a file's name that is no text, is printed as an escape.
     interrupted: what to print after Ctrl-C. out_of_memory: the cure to print where the GPU's memory is full.
     Any other exception keeps its traceback: it is a bug.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:

@@ -1,6 +1,5 @@
 """An adapter's weights: written and read back, or checked against the base that they are for."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -41,8 +40,7 @@ def write_adapter(output, model, base, run, resume_command):
             (part / WEIGHTS).write_bytes(to_safetensors(trained))
             checkpoints.write_config(model.peft_config["default"], part)
             folders.copy_tokenizer(base, part)
-            text = json.dumps(run, ensure_ascii=False, indent=1) + "\n"
-            (part / "run.json").write_text(text, encoding="utf-8")
+            (part / adapter_folder.RUN).write_text(atomic.to_json(run), encoding="utf-8")
             loss_plot.plot(run, part / "loss.png")
             atomic.fsync_tree(part)
             check_read_back(part, trained, model)

@@ -87,7 +87,7 @@ def write_checkpoint(output, config, manifest, files):
         files = {**files, CONFIG: (part / CONFIG).read_bytes()}
         manifest = {**manifest, "sha256": {name: sha256(data) for name, data in files.items()}}
         manifest["seal"] = seal(manifest)
-        (part / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
+        (part / MANIFEST).write_text(atomic.to_json(manifest), encoding="utf-8")
         atomic.fsync_tree(part)
         if folder.exists():  # a damaged one, skipped when the run was resumed
             remove(folder)
