@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import merge
 import train_qlora
+from tests.support.scripts import run_main
 from tests.support.training import (
     adapter_bytes,
     at_step,
@@ -317,6 +319,20 @@ def test_an_unfinished_run_is_not_overwritten_unasked(arguments, stopped, undist
     assert adapter_bytes(folder / "qlora_output") == adapter_bytes(undisturbed)
     assert run_json(folder / "qlora_output")["resumed_at"] == []
     assert names(folder) == ["qlora_output"]
+
+
+def test_the_command_for_an_unfinished_run_resumes_it_whatever_was_typed(arguments, stopped, undisturbed):
+    other = ("--epochs", "9", "--learning-rate", "1", "--bits", "8")
+    _, _, errors = run_training(*arguments, *other, folder=stopped)
+    command = re.search(r"; resume with: python train_qlora\.py (.*); or add --overwrite", errors)[1]
+    _, _, merge_errors = run_main(merge.main, folder=stopped)
+    assert merge_errors == (
+        f"qlora_output holds an unfinished run; resume with: python train_qlora.py {command}\n"
+    )
+    code, out, _ = run_training(*shlex.split(command), folder=stopped)
+    assert code == 0
+    assert "resumed    after step 5 of 8" in out
+    assert adapter_bytes(stopped / "qlora_output") == adapter_bytes(undisturbed)
 
 
 def test_resume_and_overwrite_exclude_each_other(tmp_path):

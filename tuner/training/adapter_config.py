@@ -10,6 +10,7 @@ TRAIN_AGAIN = "train again: python train_qlora.py"
 VISION_TOWER = r".*vision_tower.*"  # what our own adapters exclude: the only pattern that is ever evaluated
 NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 LARGEST_NAMES = 2000, 200  # how many, and how many letters each: 4B has 400 modules
+LONGEST_PATH = 4096  # characters: of a base's folder, as Linux allows
 LARGEST_RANK, LARGEST_ALPHA = 65_536, 1e6
 # What PEFT 0.21.2 may import a module for, or unpickle a file for.
 RUN_OR_UNPICKLED = ("megatron_config", "auto_mapping", "corda_config", "lora_ga_config")
@@ -29,7 +30,7 @@ def check(folder, config):
         method = printable(str(config.get("peft_type")))
         raise UserError(f"{folder} was made by the method {method}, not by LoRA; {TRAIN_AGAIN}")
     base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not 0 < len(base) <= LONGEST_PATH:
         raise UserError(f"{place} names no base model; {TRAIN_AGAIN}")
     for name, (is_right, expected) in SETTINGS.items():
         if not is_right(config.get(name)):

@@ -9,7 +9,7 @@ import sys
 from tuner.system import commands
 from tuner.system.console import print_main
 from tuner.system.errors import UserError
-from tuner.training import adapter_folder, checkpoints
+from tuner.training import adapter_folder, checkpoints, run_command
 
 
 def find_checkpoint(args, identity):
@@ -22,8 +22,11 @@ def find_checkpoint(args, identity):
         start = typed_command(" --overwrite" if dirs else "")
         raise UserError(f"{args.output} has nothing to resume; start with: {start}")
     if dirs and not adapter_folder.is_finished(args.output) and not args.overwrite:
+        typed, began = {**identity["settings"], "data": args.data}, run_command.began_with(args.output)
+        is_same = all(began.get(name) == value for name, value in typed.items())
+        resume = resume_command() if is_same else run_command.resume_command(args.output)
         raise UserError(
-            f"{args.output} holds an unfinished run ({dirs[0].name}); resume with: {resume_command()}; "
+            f"{args.output} holds an unfinished run ({dirs[0].name}); resume with: {resume}; "
             "or add --overwrite to start afresh"
         )
     return None

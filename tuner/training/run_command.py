@@ -1,6 +1,7 @@
 """The command that resumes an unfinished run, by what its newest checkpoint says of it."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from tuner.system import commands
@@ -17,12 +18,15 @@ def begun_with(args):
 
 def resume_command(output):
     """Return the command that resumes the run in a folder; flags that no checkpoint names are left out."""
+    known = began_with(output)
+    flags = {name: known[name] for name, kind in FLAGS.items() if type(known.get(name)) is kind}
+    return commands.command("train_qlora.py", **flags, output=output, resume=True)
+
+
+def began_with(output):
+    """Return the settings and names that the run in a folder began with, {} if no checkpoint has them."""
     for folder in checkpoints.checkpoint_dirs(output):
-        try:
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # --resume skips it too
             manifest = json.loads(Path(folder, checkpoints.MANIFEST).read_bytes())
-            known = {**manifest, **manifest["settings"]}
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue  # damaged: --resume skips it too
-        flags = {name: known[name] for name, kind in FLAGS.items() if type(known.get(name)) is kind}
-        return commands.command("train_qlora.py", **flags, output=output, resume=True)
-    return commands.command("train_qlora.py", output=output, resume=True)
+            return {**manifest, **manifest["settings"]}
+    return {}
