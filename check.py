@@ -18,9 +18,9 @@ from pathlib import Path
 from train_qlora import DATA_PATH, RECIPE, preprocess_function
 from tuner.data import chat_rows, chat_text, label_page, labels, row_warnings
 from tuner.inference.probes import HELD_OUT, PROBES, expected_answers
-from tuner.model import hub, locate
+from tuner.model import folders, hub, locate
 from tuner.model.access import check_model, find_tokenizer, is_downloadable
-from tuner.system import console, hardware
+from tuner.system import commands, console, hardware
 from tuner.system.console import colorize, printable
 from tuner.system.errors import UserError, rows_error
 from tuner.system.scripts import run_script
@@ -76,8 +76,22 @@ def main():
     print(f"\nverdict    {verdict}")
     failed = args.strict and bool(count or problems)
     if not failed:
-        print("next       python download_model.py, then python train_qlora.py on a GPU")
+        print(f"next       {next_command(args.model, args.data)}")
     return int(failed)
+
+
+def next_command(model, data):
+    """Return what to type next: download what is not here, and train, or rehearse with the small model."""
+    data = None if data == DATA_PATH else data
+    if Path(model) == Path(folders.SMALL_FOLDER):
+        return commands.command("train_qlora.py", rehearse=True, data=data)
+    folder = model if locate.is_local(model) else model.split("/")[-1]
+    is_default = Path(folder) == Path(folders.BASE_FOLDER)
+    train = commands.command("train_qlora.py", model=None if is_default else folder, data=data)
+    if locate.is_local(model):
+        return train
+    download = commands.command("download_model.py", model=None if model == folders.BASE_MODEL else model)
+    return f"{download} && {train}"
 
 
 # ---------------------------------------------------------------------------------------------- rows

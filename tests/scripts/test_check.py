@@ -52,6 +52,25 @@ def test_the_plan_is_what_training_does(tokenizer):
     assert plan.workload.trained == sum(trained for _, trained in counts)
 
 
+@pytest.mark.parametrize(
+    ("model", "data", "command"),
+    [
+        ("google/gemma-3-4b-it", "examples.json", "python download_model.py && python train_qlora.py"),
+        ("./gemma-3-4b-it", "examples.json", "python train_qlora.py"),
+        ("gemma-3-4b-it", "my rows.json", "python train_qlora.py --data 'my rows.json'"),
+        ("./gemma-3-270m", "-x", "python train_qlora.py --rehearse --data=-x"),
+        ("/models/my gemma", "examples.json", "python train_qlora.py --model '/models/my gemma'"),
+        (
+            "me/gemma",
+            "examples.json",
+            "python download_model.py --model me/gemma && python train_qlora.py --model gemma",
+        ),
+    ],
+)
+def test_the_next_command_downloads_what_is_not_here_and_trains_what_was_checked(model, data, command):
+    assert check.next_command(model, data) == command
+
+
 def test_held_out_rows_that_compare_cannot_judge_by_are_all_listed(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(row("а", "Да.")))
     texts = [CALL, "<tool_call name='f'/>", f"{CALL}<tool_call", f"Да. {CALL}{CALL}"]
