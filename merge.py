@@ -58,12 +58,14 @@ def check_output(output, base, adapter, overwrite):
         raise UserError(f"{output} is the base or the adapter itself; {output_folder.CURE}")
     if output_folder.is_vacant(target):
         return
+    if output_folder.is_fixed(target):
+        raise UserError(f"{output} is not empty and cannot be replaced; name a folder in it with --output")
     if not overwrite:
         raise UserError(f"{output} exists; add --overwrite, or name another folder with --output")
     if folders.missing_files(target):
         raise UserError(f"{output} exists and holds no model; {output_folder.CURE}")
-    if output_folder.is_fixed(target):
-        raise UserError(f"{output} cannot be replaced as a whole; name a folder in it with --output")
+    if (target / folders.REVISION_FILE).exists():
+        raise UserError(f"{output} holds a base as it was downloaded; {output_folder.CURE}")
 
 
 def copy_files(base, merged):

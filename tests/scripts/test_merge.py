@@ -272,6 +272,9 @@ def test_an_existing_folder_is_never_overwritten_unasked(merged, tmp_path):
     merge.check_output(tmp_path / "notes", "base", "adapter", False)
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     output_refused("holds no model", tmp_path / "notes", "base", "adapter", True)
+    base = shutil.copytree(merged, tmp_path / "another base")
+    (base / "REVISION").write_text("0123\n")
+    output_refused("holds a base as it was downloaded; name another", base, "base", "adapter", True)
     output_refused("is the base or the adapter itself", merged, merged, "adapter", True)
     output_refused("is the base or the adapter itself", tmp_path / "notes", "base", tmp_path / "notes", True)
 
@@ -333,7 +336,10 @@ def test_a_mount_point_is_filled_once(text_adapter, tmp_path, monkeypatch):
     run_well(text_adapter, tmp_path)
     assert folders.missing_files(tmp_path) == []
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
-    refused(run(text_adapter, tmp_path, "--overwrite"), "cannot be replaced as a whole; name a folder in it")
+    for flags in ([], ["--overwrite"]):
+        refused(
+            run(text_adapter, tmp_path, *flags), "is not empty and cannot be replaced; name a folder in it"
+        )
 
 
 @pytest.mark.usefixtures("one_probe")

@@ -1,6 +1,7 @@
 """Which folder a path leads to, and which one may not be an output."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -71,6 +72,21 @@ def test_a_folder_with_what_systems_leave_in_it_is_vacant(tmp_path):
         (tmp_path / name).touch()
         assert not output_folder.is_vacant(tmp_path), name
         (tmp_path / name).unlink()
+
+
+def test_a_bind_mount_of_the_same_disk_is_a_mount_point(tmp_path):
+    disk, mount = tmp_path / "disk", tmp_path / "a mount ж"
+    disk.mkdir()
+    mount.mkdir()
+    assert not output_folder.is_fixed(mount)
+    if subprocess.run(["mount", "--bind", disk, mount], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        assert output_folder.is_fixed(mount)
+        assert output_folder.work_folder(mount) == mount
+        assert not output_folder.is_fixed(disk)
+    finally:
+        subprocess.run(["umount", mount], check=True)
 
 
 def test_what_is_unfinished_of_a_mount_point_is_in_it(monkeypatch, tmp_path):

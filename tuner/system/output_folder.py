@@ -6,6 +6,7 @@ No name is taken for ours: what these scripts made and have not finished carries
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from tuner.system.console import printable
@@ -82,7 +83,19 @@ def is_marked(folder):
 
 def is_fixed(folder):
     """Return whether a resolved folder cannot be renamed: a mount point, or its parent is not writable."""
-    return folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK))
+    return folder.is_dir() and (is_mount(folder) or not os.access(folder.parent, os.W_OK))
+
+
+def is_mount(folder):
+    """Return whether a folder is a mount point; os.path.ismount sees no bind mount from the same disk."""
+    if os.path.ismount(folder):
+        return True
+    with suppress(OSError):  # Linux has it
+        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+            point = re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), line.split(b" ")[4])
+            if point == os.fsencode(folder):
+                return True
+    return False
 
 
 def work_folder(folder):
