@@ -15,7 +15,7 @@ import train_qlora
 from tests.support.rows import CALL, row
 from tests.support.scripts import run_main
 from train_qlora import RECIPE, preprocess_function
-from tuner.data import chat_rows, labels, row_warnings, splitting, tokenized
+from tuner.data import chat_rows, labels, row_warnings, splitting, tokenized, tool_call
 from tuner.system.errors import UserError
 from tuner.training import run_plan
 from tuner.training.memory_plan import GEMMA_3_4B, Workload
@@ -186,6 +186,29 @@ def test_held_out_rows_are_found_among_the_rows(tiny_text_model, tmp_path):
     assert "rows.json:1: warning: the prompt is also line 1 of the held-out rows" in out
     _, out, _ = run_main(check.main, "--data", "heldout.json", *arguments, folder=tmp_path)
     assert "held-out rows" not in out
+
+
+def test_arguments_that_a_table_format_filled_in_fail_with_strict(tiny_text_model, tmp_path):
+    rows = (ROOT / "examples.json").read_text(encoding="utf-8").rstrip("\n")
+    turns = row("Какой курс евро?", tool_call.format_call("get_rate", {"currency": "EUR", "day": None}))
+    schema = {"properties": {"currency": {"type": "string"}, "day": {"type": "string"}}}
+    turns["tools"] = [{"type": "function", "function": {"name": "get_rate", "parameters": schema}}]
+    (tmp_path / "rows.json").write_text(f"{rows}\n{json.dumps(turns)}\n", encoding="utf-8")
+    arguments = ["--data", "rows.json", "--offline", "--model", tiny_text_model, "--strict"]
+    code, out, _ = run_main(check.main, *arguments, folder=tmp_path)
+    assert code == 1
+    assert 'rows.json:71: warning: turn 2: "get_rate" is called with null for day, as table formats' in out
+    schema["properties"]["day"]["nullable"] = True
+    (tmp_path / "rows.json").write_text(f"{rows}\n{json.dumps(turns)}\n", encoding="utf-8")
+    assert run_main(check.main, *arguments, folder=tmp_path)[0] == 0
+
+
+def test_ignored_keys_are_listed_once(tiny_text_model, tmp_path):
+    rows = [{**row(f"вопрос {i}{i}", CALL), "id": i, "source": "чат"} for i in range(3)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--data", "rows.json", "--offline", "--model", tiny_text_model]
+    _, out, _ = run_main(check.main, *arguments, folder=tmp_path)
+    assert out.count("ignored keys: id, source\n") == 1
 
 
 def conversation(*texts, system=None, weights=()):

@@ -79,7 +79,7 @@ def warn_of_prompts(rows):
     first, answers, asked = {}, defaultdict(set), {}
     for line, row in rows:
         prompt, answer = prompt_of(row), row["messages"][-1]["content"]
-        about = row["messages"][-2]["content"]
+        about = next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user")
         if prompt not in first:
             first[prompt], asked[prompt] = line, about
         elif answer in answers[prompt]:
