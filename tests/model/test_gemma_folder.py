@@ -17,6 +17,7 @@ import merge
 import serve
 import train_qlora
 from tests.support.scripts import run_main
+from tests.support.tiny_models import write_tiny_model
 from tests.support.training import load_base
 from tuner.model import gemma_folder, gemma_tokenizer
 from tuner.system.errors import UserError
@@ -106,6 +107,18 @@ REFUSED = {
         "num_attention_heads is 10",
     ),
     "a width as text": (lambda b: edit(b / "config.json", hidden_size="64"), 'hidden_size is "64"'),
+    "another width": (
+        lambda b: edit(b / "config.json", hidden_size=128),
+        "(config.json: hidden_size is 128, in the weights it is 64)",
+    ),
+    "a wall of layers": (
+        lambda b: edit(b / "config.json", num_hidden_layers=10**6),
+        "(config.json: num_hidden_layers is 1000000, in the weights it is 2)",
+    ),
+    "words for nobody": (
+        lambda b: edit(b / "config.json", vocab_size=2**24),
+        "vocab_size is 16777216, in the weights it is 512",
+    ),
     "quantized": (quantize, "is quantized already; use the unquantized model"),
     "in 8 bits": (lambda b: convert(b, torch.int8), "has weights in I8 ("),
     "in fp64": (lambda b: convert(b, torch.float64), "has weights in F64 ("),
@@ -134,6 +147,17 @@ def test_a_base_that_is_no_whole_gemma_3_is_refused_in_one_line(base, what):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert "; " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_channels", "patch_size", "intermediate_size", "num_hidden_layers"]
+)
+def test_a_vision_tower_of_another_size_is_refused_before_it_is_made(tmp_path, key):
+    base = Path(write_tiny_model(tmp_path / "base", multimodal=True))
+    gemma_folder.check(base, base, CURE)
+    edit(base / "config.json", "vision_config", **{key: 2**30})
+    with pytest.raises(UserError, match=rf"{key} is 1073741824, in the weights it is \d+"):
+        gemma_folder.check(base, base, CURE)
 
 
 def test_values_that_run_nothing_are_let_through(base):

@@ -19,6 +19,18 @@ TYPES |= {"vision_config": (None, "siglip_vision_model")}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 SIZES += ("num_key_value_heads", "vocab_size", "sliding_window", "max_position_embeddings")
 LARGEST_SIZE = 2**24
+EMBEDDING, PATCHES = "embed_tokens.weight", "vision_tower.embeddings.patch_embedding.weight"
+# What a size of a part is in the weights: {(part, key): (canonical name of a tensor, dimension)}.
+DIMENSIONS = {
+    ("text_config", "vocab_size"): (EMBEDDING, 0),
+    ("text_config", "hidden_size"): (EMBEDDING, 1),
+    ("text_config", "intermediate_size"): ("layers.0.mlp.up_proj.weight", 0),
+    ("vision_config", "hidden_size"): (PATCHES, 0),
+    ("vision_config", "num_channels"): (PATCHES, 1),
+    ("vision_config", "patch_size"): (PATCHES, 2),
+    ("vision_config", "intermediate_size"): ("vision_tower.encoder.layers.0.mlp.fc1.weight", 0),
+}
+LAYERS = {"text_config": "layers.", "vision_config": "vision_tower.encoder.layers."}
 TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 # Small JSON files that transformers reads, or that go along into a merged model for others to read.
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -42,9 +54,11 @@ def check(folder, name, cure):
     if Path(folder, "adapter_config.json").exists():  # transformers would put that adapter on the model
         raise UserError(f"{name} has an adapter_config.json beside the model; move the adapter out")
     check_json(folder, name, cure)
-    for tensor, (dtype, _) in read_headers(folder, name).items():
+    headers = read_headers(folder, name)
+    for tensor, (dtype, _) in headers.items():
         if dtype not in DTYPES:
             raise UserError(f"{name} has weights in {dtype} ({printable(tensor)}); {UNQUANTIZED}")
+    check_sizes(read_json(Path(folder, "config.json"), name), headers, name)
 
 
 def check_json(folder, name, cure):
@@ -78,6 +92,35 @@ def check_config(config, name, cure):
             raise UserError(f"{name} is damaged ({reason}); {DOWNLOAD_AGAIN}")
     if config.get("quantization_config"):
         raise UserError(f"{name} is quantized already; {UNQUANTIZED}")
+
+
+def check_sizes(config, headers, name):
+    """Raise UserError if a size in config.json is another one in the weights.
+
+    transformers would find out too, once it has made room for what config.json says, terabytes or not.
+    """
+    shapes = {canonical(tensor): shape for tensor, (_, shape) in headers.items()}
+    sizes = {
+        key: dict(enumerate(shapes.get(tensor, []))).get(dim) for key, (tensor, dim) in DIMENSIONS.items()
+    }
+    for part, prefix in LAYERS.items():
+        layers = {t.removeprefix(prefix).split(".")[0] for t in shapes if t.startswith(prefix)}
+        sizes[part, "num_hidden_layers"] = len(layers) or None
+    for (part, key), size in sizes.items():
+        values = config.get(part) or (config if part == "text_config" else {})
+        if size is not None and key in values and values[key] != size:
+            reason = f"config.json: {key} is {shown(values[key])}, in the weights it is {size}"
+            raise UserError(f"{name} is damaged ({reason}); {DOWNLOAD_AGAIN}")
+
+
+def canonical(name):
+    """Return what a tensor is called in all of Gemma 3's classes and in files of any age.
+
+    The text model's are `layers.0.…`, `embed_tokens.weight` and so on; the vision tower's keep their prefix.
+    """
+    return ".".join(
+        part for part in name.split(".") if part not in ("model", "language_model", "vision_model")
+    )
 
 
 def read_json(path, name):

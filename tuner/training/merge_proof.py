@@ -6,12 +6,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tuner.model import folders
+from tuner.model import folders, gemma_folder
 from tuner.system.console import printable
 from tuner.system.errors import UserError
 from tuner.training import adapter_config, adapter_folder
 
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"  # their canonical names
+HEAD = "lm_head.weight"
 ROUNDING = 2.0**-8  # of a value rounded to bf16 (8 bits of significand), relative
 
 
@@ -68,7 +68,7 @@ def adapter_deltas(adapter, names):
     deltas = {}
     for a in lora:
         if ".lora_A." in a:
-            name = canonical(a.removeprefix("base_model.model.").replace(".lora_A.", "."))
+            name = gemma_folder.canonical(a.removeprefix("base_model.model.").replace(".lora_A.", "."))
             if name not in names or name in deltas:
                 raise UserError(
                     f"{printable(a)} of the adapter matches no tensor of the base; nothing was kept"
@@ -82,7 +82,7 @@ def tensor_files(folder):
     names = {}
     for path in folders.weight_files(folder):
         with safe_open(path, "pt") as file:
-            names.update({canonical(name): (path, name) for name in file.keys()})  # noqa: SIM118
+            names.update({gemma_folder.canonical(name): (path, name) for name in file.keys()})  # noqa: SIM118
     return names
 
 
@@ -92,17 +92,8 @@ def read_tensor(place):
         return file.get_tensor(name)
 
 
-def canonical(name):
-    """Return what a tensor is called in all of Gemma 3's classes and in files of any age.
-
-    The text model's are `layers.0.…`, `embed_tokens.weight` and so on; the vision tower's keep their prefix.
-    """
-    prefixes = [part for part in name.split(".") if part not in ("model", "language_model", "vision_model")]
-    return ".".join(prefixes)
-
-
 def drop_tied_head(before, after):
     """Take out a base's lm_head that is a copy of its embedding: transformers writes one of the two."""
-    head, embedding = before.get(HEAD), before.get(EMBEDDING)
+    head, embedding = before.get(HEAD), before.get(gemma_folder.EMBEDDING)
     if head and embedding and HEAD not in after and torch.equal(*map(read_tensor, (head, embedding))):
         del before[HEAD]
