@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from tuner.model import folders, hub, small_model
+from tuner.model import folders, gemma_folder, hub, small_model
 from tuner.system import atomic, commands, signals
 from tuner.system.scripts import run_script
 
@@ -42,7 +42,7 @@ def parse_arguments():
 def download(model):
     """Download `model` from the hub into a folder of its name, unless that is complete; return the folder."""
     folder = Path(model.split("/")[-1])
-    if folders.is_complete(folder):
+    if gemma_folder.is_complete(folder):
         print(f"{folder} is already complete.")
         return folder
     with atomic.exclusive_lock(folder, folders.RENAME):

@@ -20,12 +20,14 @@ from tests.support.hub_server import (
     Hub,
     contents,
     environment,
+    safetensors_file,
     use_hub,
 )
 from tests.support.processes import disk_for, other_writer
 from tests.support.scripts import run_main
 from tuner.model import hub as model_hub
 from tuner.model.folders import BASE_MODEL, missing_files
+from tuner.system.errors import UserError
 
 SCRIPT = Path(download_model.__file__)
 
@@ -107,7 +109,12 @@ def test_brings_what_is_needed_and_nothing_else(tmp_path, hub):
 
 def test_another_model_goes_to_a_folder_of_its_own_name(run, tmp_path):
     hub = Hub(
-        "someone/tiny", {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"w" * 1000}
+        "someone/tiny",
+        {
+            "config.json": b'{"model_type": "gemma3_text"}',
+            "tokenizer.json": b"{}",
+            "model.safetensors": safetensors_file(1000),
+        },
     )
     code, stdout, stderr = run(hub.url, "--model", "someone/tiny")
     hub.close()
@@ -340,6 +347,30 @@ def test_a_link_to_another_disk_is_filled_there(run, tmp_path, hub, target):
     assert missing_files(disk) == []
     assert [path.name for path in disk.parent.iterdir()] == ["gemma"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "gemma-3-4b-it"]
+
+
+def test_of_another_model_no_gigabyte_is_downloaded(run, tmp_path, hub):
+    hub.files = hub.files | {"config.json": b'{"model_type": "llama"}'}
+    code, _, stderr = run(hub.url)
+    says = f'{BASE_MODEL} is not a Gemma 3 (config.json: model_type is "llama"); choose another model'
+    assert (code, stderr.splitlines()[-1]) == (1, says)
+    assert hub.large_requests() == []
+    with pytest.raises(UserError) as error:
+        model_hub.fetch(BASE_MODEL)
+    assert str(error.value) == says
+    assert hub.large_requests() == []
+
+
+def test_a_folder_that_was_cut_short_since_is_not_called_complete(run, tmp_path, hub):
+    assert run(hub.url)[0] == 0
+    path = tmp_path / "gemma-3-4b-it" / SHARDS[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, stderr = run(hub.url)
+    assert (code, out) == (1, "")
+    assert stderr.startswith(f"gemma-3-4b-it is damaged ({SHARDS[1]}: ")
+    assert stderr.endswith("; rename it and download it again\n")
+    path.parent.rename(tmp_path / "damaged")
+    assert run(hub.url)[0] == 0
 
 
 def test_folder_in_the_way(run, tmp_path, hub):

@@ -17,8 +17,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISION = {"REVISION": f"{COMMIT}\ngoogle/gemma-3-4b-it\n".encode()}  # what a download adds to the files
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = {"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
+
+
+def safetensors_file(size):
+    """Return a safetensors file of one tensor of random bytes; size: of these, in bytes."""
+    tensor = {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}
+    header = json.dumps({"weight": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header + os.urandom(size)
+
+
 WANTED = {
-    "config.json": b"{}",
+    "config.json": b'{"model_type": "gemma3"}',
     "tokenizer.json": b'{"version": "1.0"}',
     "tokenizer_config.json": b"{}",
     "generation_config.json": b"{}",
@@ -28,8 +37,8 @@ WANTED = {
     "LICENSE": b"terms",
     "README.md": b"license: gemma",
     "model.safetensors.index.json": json.dumps(INDEX).encode(),
-    SHARDS[0]: os.urandom(300_000),
-    SHARDS[1]: os.urandom(200_000),
+    SHARDS[0]: safetensors_file(300_000),
+    SHARDS[1]: safetensors_file(200_000),
 }
 UNWANTED = {
     "pytorch_model.bin": b"x" * 1000,

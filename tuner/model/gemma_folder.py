@@ -61,6 +61,14 @@ def check(folder, name, cure):
     check_sizes(read_json(Path(folder, "config.json"), name), headers, name)
 
 
+def is_complete(folder):
+    """Return whether `folder` holds a whole Gemma 3; raise UserError if it holds something else."""
+    if not folders.is_complete(folder):
+        return False
+    check(folder, folder, folders.RENAME)
+    return True
+
+
 def check_json(folder, name, cure):
     """Raise UserError if one of the folder's JSON_FILES is damaged, not Gemma 3's, or names code to run."""
     for file in JSON_FILES:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, tqdm
 
-from tuner.model import folders
+from tuner.model import folders, gemma_folder
 from tuner.system import atomic, output_folder
 from tuner.system.errors import UserError
 
@@ -27,6 +27,7 @@ CHECK_TIMEOUT = 10  # seconds for each of the two requests to the hub before the
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 AGAIN = "run the same command again"
 RETRY = f"{AGAIN} to continue"  # where something came, and stays
+OTHER_MODEL = "choose another model"
 LOGIN = f"create a token at {TOKENS_PAGE}, then `hf auth login` or set HF_TOKEN"
 
 
@@ -132,6 +133,8 @@ def download(repo, folder):
         output_folder.mark(part)
         with tqdm(total=total, initial=present, unit="B", unit_scale=True, desc=folder.name) as bar:
             for file in files:
+                if file.rfilename.endswith(".safetensors"):  # the gigabytes come last
+                    gemma_folder.check_json(part, repo, OTHER_MODEL)
                 if not ((part / file.rfilename).exists() and is_intact(part / file.rfilename, file)):
                     download_file(repo, commit, file, part, bar)
         check_complete(repo, part)
@@ -204,7 +207,7 @@ def download_file(repo, commit, file, part, bar):
 def check_complete(repo, folder):
     """Raise UserError if the folder that `repo` was downloaded into is not a complete model."""
     if missing := folders.missing_files(folder):
-        raise UserError(f"{repo}: has no {', '.join(missing)}; choose another model")
+        raise UserError(f"{repo}: has no {', '.join(missing)}; {OTHER_MODEL}")
 
 
 def fetch(repo, commit=None):
@@ -225,6 +228,8 @@ def fetch(repo, commit=None):
 
     ask_hub(repo)  # for its errors
     try:
+        small = snapshot_download(repo, **wanted | {"allow_patterns": list(gemma_folder.JSON_FILES)})
+        gemma_folder.check_json(small, repo, OTHER_MODEL)  # before gigabytes of another model
         files = snapshot_download(repo, **wanted, dry_run=True)
         needed = sum(file.file_size for file in files if file.will_download)
         folders.check_free_disk(Path(HF_HUB_CACHE), needed + RESERVE)

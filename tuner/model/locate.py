@@ -62,7 +62,7 @@ def find_model(model, rehearse, cure="check --model", commit=None):
         small_model.build_small(model)
     if not is_local(model):
         folder = hub.fetch(model, commit)
-        gemma_folder.check(folder, model, "choose another model")
+        gemma_folder.check(folder, model, hub.OTHER_MODEL)
         return folder, folders.revision(folder)
     if not os.path.exists(model):
         raise UserError(f"{model} does not exist; {cure}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tuner.model import folders
+from tuner.model import folders, gemma_folder
 from tuner.system import atomic, output_folder
 from tuner.system.errors import UserError
 
@@ -26,7 +26,7 @@ def build_small(folder=folders.SMALL_FOLDER):
     Raise UserError if the package is missing or another one, the disk too small, or `folder` is in the way.
     """
     folder = Path(folder)
-    if folders.is_complete(folder):
+    if gemma_folder.is_complete(folder):
         print(f"{folder} is already complete.")
         return
     package = small_package()
