@@ -67,7 +67,7 @@ def main():
 
     print()
     for mark, text in access:
-        print(f"{colorize(mark, {'✓': GREEN, '✗': RED}.get(mark, GRAY))} {text}")
+        print(f"{colorize(mark, {'✓': GREEN, '✗': RED}.get(mark, GRAY))} {console.one_line(text)}")
     count = len(warnings) + len(plan_warnings)
     problems = sum(mark == "✗" for mark, _ in access)
     verdict = f"{count or 'no'} warning{'s' * (count != 1)}"

@@ -73,6 +73,8 @@ DAMAGES = {
     ),
     "no base named": (lambda a: edit_config(a, base_model_name_or_path=None), "names no base model"),
     "endless base": (lambda a: edit_config(a, base_model_name_or_path="a" * 5000), "names no base model"),
+    "half a letter": (lambda a: edit_config(a, base_model_name_or_path="a\ud800"), "names no base model"),
+    "a null": (lambda a: edit_config(a, base_model_name_or_path="a\0"), "names no base model"),
     "no weights": (lambda a: without(a, WEIGHTS), f"holds no {WEIGHTS}"),
     "pickle": (to_pickle, "holds only a pickle, which is never read"),
     "empty file": (lambda a: (a / WEIGHTS).write_bytes(b""), f"{WEIGHTS} is damaged"),

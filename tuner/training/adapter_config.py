@@ -1,5 +1,6 @@
 """What a stranger's adapter_config.json may say: a plain LoRA of modules by name, and nothing that runs."""
 
+import os
 import re
 
 from tuner.system.console import printable
@@ -30,7 +31,7 @@ def check(folder, config):
         method = printable(str(config.get("peft_type")))
         raise UserError(f"{folder} was made by the method {method}, not by LoRA; {TRAIN_AGAIN}")
     base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not 0 < len(base) <= LONGEST_PATH:
+    if not is_path(base):
         raise UserError(f"{place} names no base model; {TRAIN_AGAIN}")
     for name, (is_right, expected) in SETTINGS.items():
         if not is_right(config.get(name)):
@@ -60,6 +61,17 @@ def lora_settings(config):
 def scale(config):
     """Return what B·A is multiplied by: alpha/r, or alpha/√r for a rank-stabilized LoRA."""
     return config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+
+
+def is_path(value):
+    """Return whether a value is a text that can name a file."""
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_PATH or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:  # half a surrogate pair, as JSON may have it
+        return False
+    return True
 
 
 def is_number(value):
