@@ -19,6 +19,7 @@ from tuner.system.errors import UserError
         ("here/../../inner", "is the folder you are in"),
         ("home", "home is your home, or one around it"),
         ("~", "~ would be a folder of the name ~ here; write "),
+        ("~root/out", "~root/out would be a folder of the name ~root here; write "),
         ("~/out", "~/out would be a folder of the name ~ here; write "),
         ("file", "file is a file; name another folder with --output"),
         ("to-file", "to-file is a file"),

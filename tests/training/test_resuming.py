@@ -24,7 +24,7 @@ from tests.support.training import (
     run_training,
     send,
 )
-from tuner.system import signals
+from tuner.system import output_folder, signals
 from tuner.training import adapter_folder, checkpoint_state, loss_functions, memory_plan
 
 
@@ -293,6 +293,36 @@ def test_the_folder_that_a_path_leads_to_is_written_and_keeps_the_adapters(
             return
     assert {"lost+found", "run.1", "run.2"} < set(names(disk))
     assert names(disk / "checkpoints") == ["step-000002"]
+
+
+def test_an_adapter_moves_within_a_mount_point_whenever_that_is_killed(undisturbed, monkeypatch, tmp_path):
+    disk = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    adapter = {path.name: path.read_bytes() for path in disk.iterdir() if path.is_file()}
+    (disk / "run.1").mkdir()
+    (disk / "run.1/mine").write_text("mine")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == disk)
+    rename, moved = Path.rename, []
+
+    def rename_or_stop(path, target):
+        if len(moved) == stop:
+            raise KeyboardInterrupt
+        moved.append(path.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_or_stop)
+    for number in range(len(adapter)):  # each time a file more
+        stop = number
+        with pytest.raises(KeyboardInterrupt):
+            adapter_folder.move_aside(disk)
+        assert adapter_folder.is_finished(disk)
+    stop = None
+    assert adapter_folder.move_aside(disk) == disk / "run.2"
+    assert {path.name: path.read_bytes() for path in (disk / "run.2").iterdir()} == adapter
+    output_folder.mark(disk / "run.2")  # killed right before its mark was removed
+    for name, data in adapter.items():
+        (disk / name).write_bytes(data)
+    assert adapter_folder.move_aside(disk) == disk / "run.3"
+    assert names(disk / "run.1") == ["mine"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(arguments, tmp_path):

@@ -38,9 +38,8 @@ def resolve(output, cure=CURE):
     shown = printable(str(output), 200) or '""'
     if not str(output):
         raise UserError(f"{shown} names no folder; {cure}")
-    if Path(output).parts[:1] == ("~",):  # of `--output=~/x`, which a shell passes on as it is
-        home = os.path.expanduser(output)
-        raise UserError(f"{shown} would be a folder of the name ~ here; write {home}")
+    if (home := os.path.expanduser(output)) != str(output):  # of `--output=~/x`: a shell leaves it as it is
+        raise UserError(f"{shown} would be a folder of the name {Path(output).parts[0]} here; write {home}")
     path = Path(os.path.realpath(output))
     try:
         if not stat.S_ISDIR(path.stat().st_mode):
@@ -60,7 +59,9 @@ def is_vacant(output):
     folder = Path(os.path.realpath(output))
     if not folder.is_dir():
         return not folder.exists()
-    return is_marked(folder) or all(is_stray(path) for path in folder.iterdir())
+    with suppress(OSError):  # it may not be listed
+        return is_marked(folder) or all(is_stray(path) for path in folder.iterdir())
+    return False
 
 
 def is_stray(path):

@@ -106,10 +106,14 @@ def move_aside(folder):
     """
     if not output_folder.is_fixed(folder):
         return folder.rename(output_folder.free_name(folder))
+
+    def is_begun(path):  # by a run that was killed
+        return output_folder.is_marked(path) and not is_finished(path)
+
     names = output_folder.numbered_names(folder / folder.name)
-    previous = next(path for path in names if not os.path.lexists(path) or output_folder.is_marked(path))
+    previous = next(path for path in names if not os.path.lexists(path) or is_begun(path))
     previous.mkdir(exist_ok=True)
-    output_folder.mark(previous)  # killed here, the next run goes on with it
+    output_folder.mark(previous)
     for path in [*folder.glob(COMPARISON), *run_files(folder)]:
         path.rename(previous / path.name)
     output_folder.unmark(previous)
