@@ -117,6 +117,7 @@ KINDS = {  # name of the file: (its bytes, what it is said to be)
     "one.json": (indented(ROWS[0]), "one object of several lines"),
     "several.json": (b"\n".join(indented(r) for r in ROWS), "objects of several lines each"),
     "several flat.json": (b"\n\n".join(indented(r, 0) for r in ROWS), "objects of several lines each"),
+    "no line ends.json": (LINES.replace("}\n", "}").encode(), "several objects on a line"),
     "commas.json": (LINES.replace("}\n", "},\n").encode(), "objects with commas between them"),
     "data.json": (indented({"data": ROWS}), "rows within one object"),
     "data in one line.json": (indented({"version": 1, "rows": ROWS}, None), "rows within one object"),

@@ -143,19 +143,19 @@ def describe_value(text, path):
         return _bare_messages(value, "" if lines and rest else rest[:1], path)
     if not isinstance(value, dict):
         return None
-    if rest.startswith("{") and not lines:
-        keys = (
-            key for key in value if KEY.fullmatch(key) and _is_row(value[key]) and "messages" in value[key]
-        )
-        key = next(keys, None)
+    if rest.startswith("{") and (lines or "\n" not in text[end : len(text) - len(rest)]):
+        before = rf"d=json.JSONDecoder(); t={TEXT}.read(); s=re.compile(r'\s*').match; p=[0]; "
+        rows = "iter(lambda: (lambda v,e: p.__setitem__(0,e) or v)(*d.raw_decode(t,s(t,p[0]).end())) "
+        rows += "if s(t,p[0]).end()<len(t) else None,None)"
+        what = "objects of several lines each" if lines else "several objects on a line"
+        return f"{what}, not one a line; {conversion.make_rows(path, rows, 're', before=before)}"
+    if rest.startswith("{"):
+        keys = [key for key in value if _is_row(value[key]) and "messages" in value[key]]
+        key = keys[0] if keys and KEY.fullmatch(keys[0]) else None
         if key in (None, "body"):  # of a batch of requests, which has no answers
             return None
         rows = f"(json.loads(l)['{key}'] for l in {TEXT} if l.strip())"
         return f"rows within other objects; {conversion.make_rows(path, rows)}"
-    if rest.startswith("{"):
-        # Between two objects, and nowhere else in JSON, a line ends after } and before {.
-        rows = rf"map(json.loads,re.split(r'(?<=}})\s*\n\s*(?={{)',{TEXT}.read().strip()))"
-        return f"objects of several lines each; {conversion.make_rows(path, rows, 're')}"
     if rest.startswith(","):
         if not _is_json(f"[{text.strip().rstrip(',')}]"):
             return None
