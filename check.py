@@ -113,12 +113,13 @@ def read_held_out(data_path):
 def show_warnings(path, warnings):
     """Print warnings, up to SHOWN_PER_KIND of each kind, with the turn that each is about."""
     shown = Counter()
-    for line, kind, text, about in warnings:
-        shown[kind] += 1
-        if shown[kind] <= SHOWN_PER_KIND:
-            print(f"{console.one_line(path)}:{line}: {colorize('warning', YELLOW)}: {printable(text, 300)}")
-            if about is not None:
-                console.print_wrapped(about, "    ", "    ")
+    for warning in warnings:
+        shown[warning.kind] += 1
+        if shown[warning.kind] <= SHOWN_PER_KIND:
+            place = f"{console.one_line(path)}:{warning.line}"
+            print(f"{place}: {colorize('warning', YELLOW)}: {printable(warning.text, 300)}")
+            if warning.about is not None:
+                console.print_wrapped(warning.about, "    ", "    ")
     for kind, count in shown.items():
         if count > SHOWN_PER_KIND:
             print(f"… and {count - SHOWN_PER_KIND} more of the kind {kind}")

@@ -21,7 +21,7 @@ def balanced(*rows):
 
 def warnings_of(*rows, **kwargs):
     warnings = row_warnings.warnings(balanced(*rows), **kwargs)
-    return [f"{line} {kind}: {text}" for line, kind, text, _ in warnings]
+    return [f"{warning.line} {warning.kind}: {warning.text}" for warning in warnings]
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,7 @@ def test_an_argument_spelt_unlike_fifty_others_is_reported():
 def test_rows_of_one_kind_are_reported(calls, general, few):
     rows = [row(f"{chr(1072 + i)}{i}", CALL) for i in range(calls)]
     rows += [row(f"{chr(1072 + i)}{i} привет", "Да.") for i in range(general)]
-    found = [
-        text for _, kind, text, _ in row_warnings.warnings(list(enumerate(rows, 1))) if kind == "balance"
-    ]
+    found = [w.text for w in row_warnings.warnings(list(enumerate(rows, 1))) if w.kind == "balance"]
     assert [text[: len(few or "")] for text in found] == ([few] if few else [])
 
 

@@ -265,6 +265,14 @@ def test_the_page_and_the_rows_asked_for(tiny_text_model, tmp_path):
     assert errors == "no/l.html cannot be written (No such file or directory); choose another file\n"
 
 
+def test_rows_on_one_line_have_their_own_warnings_on_the_page(tiny_text_model, tmp_path):
+    rows = [row(f"вопрос {word}\u200b", CALL) for word in ("один", "другой", "третий")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    arguments = ["--data", "rows.json", "--offline", "--model", tiny_text_model, "--html", "l.html"]
+    run_main(check.main, *arguments, folder=tmp_path)
+    assert (tmp_path / "l.html").read_text(encoding="utf-8").count("<li>turn 1 contains invisible") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -51,15 +51,15 @@ def format_pieces(pieces):
 
 def page_rows(rows, warnings, tokenizer, preprocess_function):
     """Yield what label_page.write wants of each of the rows; warnings: [RowWarning, …]."""
-    texts = defaultdict(list)
+    texts = defaultdict(list)  # by row: an array may have all of its rows on one line
     for warning in warnings:
-        texts[warning.line].append(warning.text)
+        texts[id(warning.row or rows[0][1])].append(warning.text)
     for line, row in rows:
         yield {
             "line": line,
             "call": chat_text.has_call(row["messages"]),
             "pieces": pieces(row, tokenizer, preprocess_function),
-            "warnings": texts[line],
+            "warnings": texts[id(row)],
         }
 
 

@@ -34,6 +34,7 @@ class RowWarning(NamedTuple):
     kind: str
     text: str
     about: str | None = None  # the turn that it is about, or the part of it
+    row: dict | None = None  # None for all of them; several may stand on one line
 
 
 def prompt_of(row):
@@ -71,27 +72,28 @@ def warn_of_leaks(rows, probes, held_out):
         for judge, turn in found.items():
             prompt = "the prompt" if turn == len(row["messages"]) - 1 else f"the prompt in turn {turn}"
             text = f"{prompt} is also {judge}, so its result there says nothing (data leak)"
-            yield RowWarning(line, "leak", text, row["messages"][turn - 1]["content"])
+            yield RowWarning(line, "leak", text, row["messages"][turn - 1]["content"], row)
 
 
 def warn_of_prompts(rows):
     """Yield warnings of prompts that repeat, or nearly repeat."""
-    first, answers, asked = {}, defaultdict(set), {}
+    first, answers = {}, defaultdict(set)  # prompt → (line, turn, row), answers
     for line, row in rows:
         prompt, answer = prompt_of(row), row["messages"][-1]["content"]
         about = next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user")
         if prompt not in first:
-            first[prompt], asked[prompt] = line, about
+            first[prompt] = line, about, row
         elif answer in answers[prompt]:
-            yield RowWarning(line, "duplicate", f"duplicate of line {first[prompt]}", about)
+            yield RowWarning(line, "duplicate", f"duplicate of line {first[prompt][0]}", about, row)
         else:
-            text = f"same prompt as line {first[prompt]}, but another answer"
-            yield RowWarning(line, "contradiction", text, about)
+            text = f"same prompt as line {first[prompt][0]}, but another answer"
+            yield RowWarning(line, "contradiction", text, about, row)
         answers[prompt].add(answer)
     prompts = list(first)
     for earlier, later, similarity in near_duplicates(prompts):
-        text = f"prompt is {similarity:.0%} similar to line {first[prompts[earlier]]}"
-        yield RowWarning(first[prompts[later]], "near-duplicate", text, asked[prompts[later]])
+        text = f"prompt is {similarity:.0%} similar to line {first[prompts[earlier]][0]}"
+        line, about, row = first[prompts[later]]
+        yield RowWarning(line, "near-duplicate", text, about, row)
 
 
 def near_duplicates(texts):
@@ -129,16 +131,16 @@ def warn_of_text(line, row):
         text, turn = message["content"], f"turn {number}"
         if text != text.strip() and message["role"] != "tool":
             found = f"{turn} begins or ends with whitespace, which is not trained"
-            yield RowWarning(line, "whitespace", found, text)
+            yield RowWarning(line, "whitespace", found, text, row)
         if hidden := hidden_characters.find(text):
             names = hidden_characters.names(character for _, character in hidden)
             found = f"{turn} contains invisible characters: {names}"
-            yield RowWarning(line, "invisible", found, excerpt(text, hidden[0][0]))
+            yield RowWarning(line, "invisible", found, excerpt(text, hidden[0][0]), row)
         words = {match[0]: match.start() for match in TWO_SCRIPTS.finditer(text)}
         for word, position in words.items():
             if mixed := look_alikes(word):
                 found = f'{turn}: in "{printable(word)}" {mixed}'
-                yield RowWarning(line, "look-alikes", found, excerpt(text, position))
+                yield RowWarning(line, "look-alikes", found, excerpt(text, position), row)
 
 
 def excerpt(text, position):
@@ -159,7 +161,7 @@ def look_alikes(word):
 
 def warn_of_calls(rows):
     """Yield warnings of calls that are malformed or not canonical, undeclared, or spelled unlike others."""
-    names, keys = defaultdict(list), defaultdict(list)  # spelling → [(line, turn's text), …]
+    names, keys = defaultdict(list), defaultdict(list)  # spelling → [(line, turn, row), …]
     for line, row in rows:
         declared = tool_arguments.parameters_of(row.get("tools"))
         for number, message in enumerate(row["messages"], 1):
@@ -171,16 +173,16 @@ def warn_of_calls(rows):
                 if call.deviations:
                     found.append(f"non-canonical call: {', '.join(call.deviations)}")
                 found += tool_arguments.faults(call.name, call.arguments, declared)
-                names[call.name].append((line, text))
+                names[call.name].append((line, text, row))
                 for key in call.arguments:
-                    keys[key].append((line, text))
-            yield from (RowWarning(line, "call", f"turn {number}: {fault}", text) for fault in found)
+                    keys[key].append((line, text, row))
+            yield from (RowWarning(line, "call", f"turn {number}: {fault}", text, row) for fault in found)
     for kind, spellings in (("function name", names), ("argument", keys)):
         counts = {spelling: len(places) for spelling, places in spellings.items()}
         for rare, usual in misspellings(counts).items():
             shown = f'"{printable(rare)}" may be a misspelling of "{printable(usual)}"'
-            for line, text in spellings[rare]:
-                yield RowWarning(line, "spelling", f"{kind} {shown} ({counts[usual]} times)", text)
+            for line, text, row in spellings[rare]:
+                yield RowWarning(line, "spelling", f"{kind} {shown} ({counts[usual]} times)", text, row)
 
 
 def calls_of(text):
