@@ -101,6 +101,7 @@ REFUSED = {
         lambda b: edit(b / "config.json", sliding_window=None),
         "(config.json: sliding_window is null)",
     ),
+    "no picture": (lambda b: edit(b / "config.json", image_token_index=None), "image_token_index is null"),
     "no layers": (lambda b: edit(b / "config.json", num_hidden_layers=0), "num_hidden_layers is 0"),
     "too many heads": (
         lambda b: edit(b / "config.json", num_attention_heads=10**30),

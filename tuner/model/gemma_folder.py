@@ -18,6 +18,7 @@ TYPES |= {"vision_config": (None, "siglip_vision_model")}
 # Of the text model, in config.json: whole numbers, none of them so large in any Gemma 3.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 SIZES += ("num_key_value_heads", "vocab_size", "sliding_window", "max_position_embeddings")
+IMAGES = ("image_token_index", "boi_token_index", "eoi_token_index", "mm_tokens_per_image")  # of the whole
 LARGEST_SIZE = 2**24
 EMBEDDING, PATCHES = "embed_tokens.weight", "vision_tower.embeddings.patch_embedding.weight"
 # What a size of a part is in the weights: {(part, key): (canonical name of a tensor, dimension)}.
@@ -94,9 +95,10 @@ def check_config(config, name, cure):
             key = f"{part}.model_type".lstrip(".")
             raise UserError(f"{name} is not a Gemma 3 (config.json: {key} is {shown(model_type)}); {cure}")
     text = config.get("text_config") or config
-    for key in (key for key in SIZES if key in text):
-        if type(text[key]) is not int or not 0 < text[key] <= LARGEST_SIZE:
-            reason = f"config.json: {key} is {shown(text[key])}"
+    numbers = [(text, key) for key in SIZES] + [(config, key) for key in IMAGES]
+    for values, key in ((values, key) for values, key in numbers if key in values):
+        if type(values[key]) is not int or not 0 < values[key] <= LARGEST_SIZE:
+            reason = f"config.json: {key} is {shown(values[key])}"
             raise UserError(f"{name} is damaged ({reason}); {DOWNLOAD_AGAIN}")
     if config.get("quantization_config"):
         raise UserError(f"{name} is quantized already; {UNQUANTIZED}")
