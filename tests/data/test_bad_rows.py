@@ -109,7 +109,7 @@ def test_a_bad_file_gives_exactly_its_messages(path):
     with pytest.raises(UserError) as caught:
         load_data(path)
     messages = [line.removeprefix(f"{path}:") for line in str(caught.value).split("\n")]
-    messages = [re.sub(r"(?<=; make )\S+(.*: python -c ).*", r"FILE\1…", line) for line in messages]
+    messages = [re.sub(r"(?<=; convert it to )\S+(.*: python -c ).*", r"FILE\1…", line) for line in messages]
     assert all(re.match(r"\d+: ", line) and line.isprintable() for line in messages)
     # Pythons after 3.11 word a trailing comma in another way, and nest deeper before they give up.
     if sys.version_info < (3, 12) or not path.stem.startswith(("json_trailing_comma_in", "json_nested")):

@@ -267,7 +267,7 @@ def test_no_command_overwrites_a_file_or_reads_a_pipe_again(tmp_path, monkeypatc
     assert refusal("rows.json").endswith(" rows.json rows-2.jsonl")
     (tmp_path / "rows\x1b.json").write_bytes(gzip.compress(b""))
     assert refusal("rows\x1b.json").endswith(
-        "packed with gzip; save it as a file of a plain name, and check that"
+        "packed with gzip; save it as a file with a plain name and use that"
     )
 
 

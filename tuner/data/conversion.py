@@ -41,9 +41,9 @@ def make_rows(path, rows, module="", row="r", before=""):
 def make(path, code, suffix=".jsonl"):
     """Return the cure that runs Python code with the file as its first argument, a new file as the second."""
     if not _is_plain(path):
-        return "save it as a file of a plain name, and check that"
+        return "save it as a file with a plain name and use that"
     new = _free(path, suffix if suffix in SUFFIXES else ".jsonl")
-    return f'make {new} of it, and name that: python -c "{code}" {shlex.quote(str(path))} {shlex.quote(new)}'
+    return f'convert it to {new} and use that: python -c "{code}" {shlex.quote(str(path))} {shlex.quote(new)}'
 
 
 def _is_plain(path):
@@ -73,7 +73,7 @@ def recode(path, encoding):
 def unpack(path, module):
     """Return the cure that unpacks an archive with zipfile or tarfile into a new folder."""
     if not _is_plain(path):
-        return "unpack it, and name the file in it"
+        return "unpack it and use the file in it"
     folder = _free(path, "")
     quoted = f"{shlex.quote(str(path))} {shlex.quote(folder)}"
-    return f"unpack it, and name the file of rows in {folder}: python -m {module} -e {quoted}"
+    return f"unpack it and use the file of rows in {folder}: python -m {module} -e {quoted}"

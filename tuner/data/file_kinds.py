@@ -216,7 +216,7 @@ def _zip(path):
         return "a zip archive that cannot be read; download it again"
     names = {member.filename for member in members}
     if "xl/workbook.xml" in names:
-        return "an Excel workbook, not JSON lines; save its sheet as CSV UTF-8, and name that file"
+        return "an Excel workbook, not JSON lines; save its sheet as CSV UTF-8 and use that file"
     if names & {"word/document.xml", "content.xml"}:
         return "an Office document, not JSON lines; export its rows as JSON lines"
     files = [i for i, m in enumerate(members) if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
