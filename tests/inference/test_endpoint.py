@@ -450,6 +450,11 @@ ENDLESS = {
     "while busy": lambda: (503, *chunked(endless())),
     "of a length that is said": lambda: (200, {"Content-Length": str(10**12)}, endless()),
     "compressed": lambda: (200, {"Content-Encoding": "gzip"}, gzip.compress(BLANKS)),
+    "after a compressed one": lambda: (
+        200,
+        {"Content-Encoding": "gzip"},
+        itertools.chain([gzip.compress(b"{}")], endless()),
+    ),
     "twice": lambda: (200, {"Content-Encoding": "gzip, gzip"}, gzip.compress(gzip.compress(BLANKS))),
 }
 

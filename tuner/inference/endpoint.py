@@ -163,13 +163,22 @@ async def _send(client, method, path, body=None):
 
 async def _receive(client, method, path, body):
     """Return (response, its body as bytes); raise UserError where that has more than MAX_BYTES."""
-    content = bytearray()
+    raw, content = bytearray(), bytearray()
+
+    def add(chunk, to):
+        to += chunk
+        if len(to) > MAX_BYTES:
+            url, most = str(client.base_url).rstrip("/"), f"{MAX_BYTES / 2**20:g} MiB"
+            raise UserError(f"{url} answers /{path} with more than {most}; {WRONG_SERVER}")
+
     async with client.stream(method, path, json=body) as response:
-        async for chunk in response.aiter_bytes():  # decompressed by 1 MiB at most, so no bomb goes off
-            content += chunk
-            if len(content) > MAX_BYTES:
-                url, most = str(client.base_url).rstrip("/"), f"{MAX_BYTES / 2**20:g} MiB"
-                raise UserError(f"{url} answers /{path} with more than {most}; {WRONG_SERVER}")
+        async for chunk in response.aiter_raw():
+            add(chunk, raw)
+    # Decompressed by 1 MiB at a time, so no bomb goes off. While it comes, what follows a compressed body
+    # would be kept without being counted.
+    received = httpx2.Response(response.status_code, headers=response.headers, stream=httpx2.ByteStream(raw))
+    for chunk in received.iter_bytes():
+        add(chunk, content)
     return response, bytes(content)
 
 
