@@ -240,6 +240,31 @@ TOKENIZERS = {
 }
 
 
+ENDLESS = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
+SLOW = "{% for a in range(9999) %}{% for b in range(500) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
+def test_a_tokenizer_with_a_regular_expression_is_refused(base, part):
+    split = {"type": "Split", "pattern": ENDLESS["pattern"], "behavior": "Removed", "invert": False}
+    inner = split if part == "pre_tokenizer" else ENDLESS
+    kind, parts = {
+        "normalizer": ("Sequence", "normalizers"),
+        "pre_tokenizer": ("Sequence", "pretokenizers"),
+        "decoder": ("Sequence", "decoders"),
+    }[part]
+    edit(base / "tokenizer.json", **{part: {"type": kind, parts: [inner]}})
+    with pytest.raises(UserError, match="its tokenizer has a regular expression, Gemma 3's has none; choose"):
+        gemma_tokenizer.load_tokenizer(base)
+
+
+def test_a_chat_template_that_takes_for_ever_is_given_up(base, monkeypatch):
+    monkeypatch.setattr(gemma_tokenizer, "TEMPLATE_SECONDS", 0.1)
+    (base / "chat_template.jinja").write_text(SLOW)
+    with pytest.raises(UserError, match=r"its chat template takes more than 0.1 s for two words; copy"):
+        gemma_tokenizer.load_tokenizer(base)
+
+
 @pytest.mark.parametrize("what", TOKENIZERS)
 def test_a_tokenizer_that_is_not_gemmas_is_one_line(base, what):
     TOKENIZERS[what](base)

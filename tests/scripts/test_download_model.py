@@ -368,7 +368,7 @@ def test_a_folder_that_was_cut_short_since_is_not_called_complete(run, tmp_path,
     code, out, stderr = run(hub.url)
     assert (code, out) == (1, "")
     assert stderr.startswith(f"gemma-3-4b-it is damaged ({SHARDS[1]}: ")
-    assert stderr.endswith("; rename it and download it again\n")
+    assert stderr.endswith("; rename it, and download or merge it again\n")
     path.parent.rename(tmp_path / "damaged")
     assert run(hub.url)[0] == 0
 

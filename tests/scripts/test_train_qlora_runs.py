@@ -331,7 +331,7 @@ def test_a_model_whose_weights_are_cut_is_refused(tmp_path, tiny_text_model):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     code, _, errors = run_training(*REHEARSE, "--model", "./cut", folder=tmp_path)
     assert code == 1
-    assert re.search(r"^\./cut is damaged \(model.safetensors: .*\); rename it and download", errors, re.M)
+    assert re.search(r"^\./cut is damaged \(model.safetensors: .*\); rename it, and download", errors, re.M)
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_one_line(monkeypatch, tmp_path):

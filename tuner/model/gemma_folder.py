@@ -41,7 +41,7 @@ RUN = {"auto_map": (), "custom_pipelines": (), "custom_generate": ()}
 RUN |= dict.fromkeys(("attn_implementation", "_attn_implementation"), ("eager", "sdpa"))
 RUN |= dict.fromkeys(("experts_implementation", "_experts_implementation"), ("eager",))
 DTYPES = ("BF16", "F16", "F32")
-DOWNLOAD_AGAIN = "rename it and download it again"
+DOWNLOAD_AGAIN = "rename it, and download or merge it again"
 UNQUANTIZED = "use the unquantized model, in bf16, fp16 or fp32"
 
 
