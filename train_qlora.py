@@ -229,7 +229,7 @@ def tune(args, recipe, rows):
         record = describe_data(args, recipe, rows) | run.describe(dtype, loading_seconds)
         record |= {"revision": revision, "data_sha256": rows.sha256, "model_sha256": identity["model_sha256"]}
         record |= {"tokens": workload.total, "trained_tokens": workload.trained}
-        adapter_weights.write_adapter(args.output, model, folder, record, resuming.resume_command())
+        adapter_weights.write_adapter(args.output, model, folder, record, resuming.way_on(args.output))
     report_end(args.output, record, devices.format_memory(record["peak_memory_gib"]))
 
 

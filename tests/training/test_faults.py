@@ -134,6 +134,7 @@ def test_a_full_disk_of_its_own(arguments, undisturbed, tmp_path):
             "the adapter could not be written (No space left on device); it takes 1 MB, and 0 MB are"
             in errors
         )
+        assert "free some, then start again with: python train_qlora.py " in errors
         assert not list(disk.rglob("*.part"))
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from tests.support.training import (
     send,
 )
 from tuner.system import output_folder, signals
-from tuner.training import adapter_folder, checkpoint_state, loss_functions, memory_plan
+from tuner.training import adapter_folder, checkpoint_state, loss_functions, memory_plan, resuming
 
 
 @pytest.mark.parametrize(
@@ -363,6 +364,14 @@ def test_the_command_for_an_unfinished_run_resumes_it_whatever_was_typed(argumen
     assert code == 0
     assert "resumed    after step 5 of 8" in out
     assert adapter_bytes(stopped / "qlora_output") == adapter_bytes(undisturbed)
+
+
+def test_a_run_without_a_checkpoint_is_said_to_start_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--output", "my out"])
+    assert resuming.way_on(tmp_path) == "start again with: python train_qlora.py --output 'my out'"
+    (tmp_path / "checkpoints/step-000004").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-000004/manifest.json").touch()
+    assert resuming.way_on(tmp_path) == "resume with: python train_qlora.py --output 'my out' --resume"
 
 
 def test_resume_and_overwrite_exclude_each_other(tmp_path):

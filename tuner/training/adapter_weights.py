@@ -24,11 +24,11 @@ NAME_IT = "name the base's folder, or its name on the hub, with --base"
 # ------------------------------------------------------------------------------------------- writing
 
 
-def write_adapter(output, model, base, run, resume_command):
+def write_adapter(output, model, base, run, way_on):
     """Write adapter, tokenizer, loss.png and run.json atomically, after reading the adapter back.
 
     base: the folder of the base; run: a dict for run.json. The adapter's config comes last: without it, no
-    folder holds an adapter. Raise UserError if it cannot be written, to be retried by resume_command, or a
+    folder holds an adapter. Raise UserError if it cannot be written, with way_on (resuming.way_on), or if a
     LoRA weight read back is not as trained, not finite, or a lora_B of zeros.
     """
     output = Path(output)
@@ -50,7 +50,7 @@ def write_adapter(output, model, base, run, resume_command):
         needed, free = adapter_bytes(model, base), shutil.disk_usage(output).free
         raise UserError(
             f"{output}: the adapter could not be written ({error.strerror}); it takes {needed / 1e6:.0f} MB, "
-            f"and {free / 1e6:.0f} MB are free; free some, then resume with: {resume_command}"
+            f"and {free / 1e6:.0f} MB are free; free some, then {way_on}"
         ) from error
 
 

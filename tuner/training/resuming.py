@@ -91,9 +91,16 @@ def resume_command():
     return typed_command(" --resume")
 
 
+def way_on(output):
+    """Return how to go on with a run that ended: `resume with: …`, or from the start without a checkpoint."""
+    if checkpoints.checkpoint_dirs(output):
+        return f"resume with: {resume_command()}"
+    return f"start again with: {typed_command()}"
+
+
 def exit_stopped(output, stop_request):
     """Print how to resume, and exit as a process does that a signal ended."""
     dirs = checkpoints.checkpoint_dirs(output)
     print_main(f"stopped    latest checkpoint: {dirs[0]}" if dirs else "stopped    without a checkpoint")
-    print_main(f"resume with: {resume_command()}" if dirs else f"start again with: {typed_command()}")
+    print_main(way_on(output))
     sys.exit(128 + (stop_request.signal or signal.SIGINT))
