@@ -1,8 +1,10 @@
 """Whether the base can be had, and where its tokenizer is found: in a folder, a cache or a package."""
 
+import shutil
 import subprocess
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tuner.model import access, hub
 from tuner.system.errors import UserError
@@ -46,6 +48,14 @@ def test_access_says_what_stands_in_the_way(monkeypatch, error, marks):
 def test_offline_asks_no_hub(monkeypatch):
     monkeypatch.setattr(hub, "ask_hub", lambda repo: pytest.fail("the hub was asked"))
     assert access.check_model("google/gemma-3-4b-it", offline=True)[0][0] == "–"
+
+
+def test_a_base_that_is_not_in_bf16_is_said_to_be_rounded(tiny_text_model, tmp_path):
+    base = shutil.copytree(tiny_text_model, tmp_path / "base")
+    weights = {name: w.float() for name, w in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors")
+    line = access.check_model(str(base), offline=True)[0]
+    assert line == ("✓", f"model: {base} (F32: merge.py merges it as it is rounded to bf16)")
 
 
 def test_a_model_folder_is_looked_into(tiny_text_model, tmp_path):

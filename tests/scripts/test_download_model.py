@@ -246,8 +246,7 @@ def part_of(tmp_path, name):
     return tmp_path / "gemma-3-4b-it.part" / (name + ".incomplete")
 
 
-@pytest.mark.parametrize("name", [SHARDS[1], "config.json"])
-@pytest.mark.parametrize("more", [1, 1000])
+@pytest.mark.parametrize(("name", "more"), [(SHARDS[1], 1000), ("config.json", 1)])
 def test_a_half_that_is_larger_than_the_file_is_started_afresh(run, tmp_path, hub, name, more):
     part_of(tmp_path, name).write_bytes(WANTED[name] + b"x" * more)  # of an older commit, say
     code, stdout, stderr = run(hub.url)

@@ -27,7 +27,9 @@ def check_model(model, offline):
             gemma_folder.check(model, model, "check --model")
         except UserError as error:
             return [("✗", f"model: {error}")]
-        return [("✓", f"model: {model}")]
+        dtypes = gemma_folder.rounded_from(model)
+        rounded = f" ({' and '.join(dtypes)}: merge.py merges it as it is rounded to bf16)" if dtypes else ""
+        return [("✓", f"model: {model}{rounded}")]
     if offline:
         return [("–", "token and license: not checked (--offline)")]
     token = ("✓", "token: found") if huggingface_hub.get_token() else ("–", "token: none")
