@@ -24,6 +24,13 @@ def warn_of(text):
     return list(row_warnings.warn_of_text(1, row(text, "да")))
 
 
+def warn_of_names(rare, usual):
+    """Warn of calls with names of arguments that are there once, and with some that are there ten times."""
+    names = [[f"slip{i}" for i in range(rare)], *[[f"name{i}" for i in range(usual)]] * 10]
+    calls = [tool_call.format_call("f", dict.fromkeys(keys, 1)) for keys in names]
+    return list(row_warnings.warn_of_calls([(1, row("а", text)) for text in calls]))
+
+
 def results(count):
     """Return a conversation with many calls in one turn, answered in the other order."""
     answers = [{"role": "tool", "tool_call_id": str(i), "content": "1"} for i in reversed(range(count))]
@@ -42,15 +49,11 @@ KINDS = {
     "a word of one script": lambda: warn_of("a" * 40_000),
     "a word of two scripts": lambda: warn_of("a" * 40_000 + "ж" * 40_000),
     "many words of two scripts": lambda: warn_of("aж " * 40_000),
-    "hidden characters": lambda: warn_of("ж\u200b" * 100_000),
+    "hidden characters": lambda: warn_of("ж\u200b" * 400_000),
     "joiners": lambda: hidden_characters.find("👨\u200d" * 100_000),
     "combining marks": lambda: chat_text.normalize("а" + "\u0301\u0316" * 40_000),
     "turns": lambda: chat_text.answer_fingerprints(row(*["слово"] * 4_000)["messages"]),
-    "names of arguments": lambda: list(
-        row_warnings.warn_of_calls(
-            [(1, row("а", tool_call.format_call("f", {f"key{i}": i for i in range(8_000)})))]
-        )
-    ),
+    "names of arguments": lambda: warn_of_names(rare=2_000, usual=300),
     "long names": lambda: row_warnings.misspellings({"ab" * 20_000: 100, "ab" * 19_999: 1}),
     "prompts alike, one of them long": lambda: list(
         row_warnings.near_duplicates(["ab" * 60_000, *("ab" * i for i in range(3, 600))])
@@ -59,7 +62,7 @@ KINDS = {
     "a long key with many values": lambda: list(
         tool_arguments.faults("f", {"k" * 100_000: [None] * 100_000}, None)
     ),
-    "opening brackets": lambda: tool_call.split_text("<" * 300_000),
+    "opening brackets": lambda: tool_call.split_text("<" * 500_000),
     "calls that are not closed": lambda: tool_call.split_text(f'{TAG}"' * 8_000),
     "arguments that are no object": lambda: tool_call.split_text(f'{TAG}"a":1e999}}' * 8_000),
     "arguments that are nested": lambda: tool_call.split_text(f'{TAG}"a":[{{' * 8_000),
