@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -158,6 +159,16 @@ def test_a_vision_tower_of_another_size_is_refused_before_it_is_made(tmp_path, k
     gemma_folder.check(base, base, CURE)
     edit(base / "config.json", "vision_config", **{key: 2**30})
     with pytest.raises(UserError, match=rf"{key} is 1073741824, in the weights it is \d+"):
+        gemma_folder.check(base, base, CURE)
+
+
+def test_a_pipe_is_not_waited_for(base):
+    (base / "generation_config.json").unlink()
+    os.mkfifo(base / "generation_config.json")
+    gemma_folder.check(base, base, CURE)
+    (base / "config.json").unlink()
+    os.mkfifo(base / "config.json")
+    with pytest.raises(UserError, match=r"config\.json missing"):
         gemma_folder.check(base, base, CURE)
 
 

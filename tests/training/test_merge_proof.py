@@ -15,6 +15,7 @@ from tests.support.training import run_training
 from tuner.inference import generation, probe_answers
 from tuner.inference.probes import PROBES
 from tuner.model import gemma_folder
+from tuner.system.errors import UserError
 from tuner.training import merge_proof, merging
 
 
@@ -146,6 +147,18 @@ def test_what_was_trained_on_a_base_that_is_not_in_bf16_is_merged(tiny_text_mode
     assert "base       F16 and F32 in its files, merged as it is rounded to bf16\n" in out
     assert "14 modules changed, each by B·A·alpha/r within bf16 rounding" in out
     assert "14 other tensors are the base's in bf16, bit for bit" in out
+
+
+def test_a_rank_stabilized_adapter_is_merged_by_its_own_scale(bases, tmp_path):
+    base, adapter = bases["text"]
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    model, _ = merging.load_with_adapter(base, copy, torch.device("cpu"), torch.float32)
+    merging.save_merged(model, tmp_path / "out")
+    assert merge_proof.prove_weights(base, copy, tmp_path / "out") == (14, 14)
+    with pytest.raises(UserError, match="did not change by"):
+        merge_proof.prove_weights(base, adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize("where", ["base", "adapter"])

@@ -74,7 +74,7 @@ def check_json(folder, name, cure):
     """Raise UserError if one of the folder's JSON_FILES is damaged, not Gemma 3's, or names code to run."""
     for file in JSON_FILES:
         path = Path(folder, file)
-        if not path.exists():
+        if not path.is_file():  # a pipe would be waited for
             continue
         values = read_json(path, name)
         if key := runs(values):
