@@ -170,9 +170,9 @@ def test_what_goes_wrong_is_shown_below_the_answer(visit, echo):
     with serving(echo, names=("tuned", "base")) as server:
         page = visit(server, refused)
         page.locator("section").nth(1).wait_for()
-        page.locator("#question").fill("a<eos>")
+        page.locator("#question").fill("中" * 4000)
         page.keyboard.press("Enter")
-        page.locator("small.trouble", has_text="control token").nth(1).wait_for()
+        page.locator("small.trouble", has_text="the context of").nth(1).wait_for()
         page.locator("#question").fill("ab")
         page.keyboard.press("Enter")
         assert columns(page, ["3 tokens, text"] * 2) == ["ab"] * 2
@@ -255,7 +255,7 @@ def test_contrast(visit, scheme):
         ratio, light_on_dark = contrast(page, selector)
         assert ratio >= 4.5, selector
         assert light_on_dark == ((scheme == "dark") != (selector == "#ask button")), selector
-    page.locator("#question").fill("a<eos>")
+    page.locator("#question").fill("中" * 4000)
     page.keyboard.press("Enter")
     page.locator("small.trouble").nth(1).wait_for()
     assert contrast(page, "small.trouble")[0] >= 4.5
