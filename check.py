@@ -75,7 +75,9 @@ def main():
         verdict += f"; {problems} problem{'s' * (problems != 1)} to fix before training"
     print(f"\nverdict    {verdict}")
     failed = args.strict and bool(count or problems)
-    if not failed:
+    if problems:
+        print("next       fix what is marked ✗, then check again")
+    elif not failed:
         print(f"next       {next_command(args.model, args.data)}")
     return int(failed)
 

@@ -308,3 +308,27 @@ def test_how_the_folder_would_sample_changes_no_answer(base):
         "bos_token_id",
         "transformers_version",
     }
+
+
+def test_a_link_to_a_file_elsewhere_could_take_a_private_one_along_and_is_refused(base, tmp_path):
+    private = tmp_path / "id_rsa"
+    private.write_text("secret")
+    for name in ("LICENSE", "tokenizer.model", "NOTICE.txt"):
+        (base / name).symlink_to(private)
+        with pytest.raises(UserError, match=f"{name} is a link to a file elsewhere; put a copy of that"):
+            gemma_folder.check(base, "base", CURE)
+        (base / name).unlink()
+    (base / "real").write_text("a license")
+    (base / "LICENSE").symlink_to("real")
+    gemma_folder.check(base, "base", CURE)
+
+
+def test_the_links_of_the_hubs_cache_are_its_own(base, tmp_path):
+    snapshot = tmp_path / "models--google--gemma-3-4b-it" / "snapshots" / "abc"
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(base.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    gemma_folder.check(snapshot, "base", CURE)

@@ -5,6 +5,7 @@ import math
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 
 from tuner.model import folders
@@ -54,6 +55,7 @@ def check(folder, name, cure):
         raise UserError(f"{name} is not a complete model folder ({missing[0]} missing); {cure}")
     if Path(folder, "adapter_config.json").exists():  # transformers would put that adapter on the model
         raise UserError(f"{name} has an adapter_config.json beside the model; move the adapter out")
+    check_links(folder, name)
     check_json(folder, name, cure)
     headers = read_headers(folder, name)
     for tensor, (dtype, _) in headers.items():
@@ -68,6 +70,21 @@ def is_complete(folder):
         return False
     check(folder, folder, folders.RENAME)
     return True
+
+
+def check_links(folder, name):
+    """Raise UserError for a file that is a link to one outside the folder and the hub's cache.
+
+    Tokenizer, configs and licenses go along with an adapter or a merged model: a private file might, too.
+    """
+    own = Path(folder).resolve()
+    roots = (own.parents[1] if own.parent.name == "snapshots" else own, Path(HF_HUB_CACHE).resolve())
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".safetensors" or not path.is_symlink():
+            continue
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            file = printable(path.name)
+            raise UserError(f"{name}: {file} is a link to a file elsewhere; put a copy of that in its place")
 
 
 def check_json(folder, name, cure):
