@@ -3,7 +3,7 @@
 #
 #     pip install -r requirements-rehearsal.txt && runs/rehearse.sh
 #
-# 5 minutes on 2 cores of an EPYC with AVX-512 (bf16 too), 3 of them training, with 4.4 GiB at most. Training alone
+# 4.6 minutes on 2 cores of an EPYC with AVX-512 (bf16 too), 3 of them training, with 4.4 GiB at most. Training alone
 # took 3.5 minutes on 2 cores of a Xeon with AVX-512, and 8 to 10 on 2 of a 2017 EPYC. Each title below is
 # printed with the seconds so far.
 set -euo pipefail
@@ -19,10 +19,7 @@ python check.py --offline
 title "train: 40 steps in 4 bits; the adapter goes to ./qlora_output"
 python train_qlora.py --rehearse
 
-title "compare: on the 4-bit base, as it was trained"
-python compare.py --bits 4 --json compare-4-bits.json
-
-title "compare: on the unquantized base, which the adapter will be merged into"
+title "compare: base and tuned, on the unquantized base that the adapter will be merged into"
 python compare.py
 
 title "merge: into ./gemma-3-270m-merged"
