@@ -24,9 +24,8 @@ python download_model.py
 # Stopped, it resumes with --resume.
 python train_qlora.py
 
-# On the base as it was trained (15 s, 4.2 GiB), then on the unquantized one, which the adapter is merged into
-# (15 s, 8.7 GiB). Unless tuned passes all six probes, this exits with 1 and the script ends here.
-python compare.py --bits 4
+# On the unquantized base, which the adapter is merged into (15 s, 8.7 GiB). Unless tuned passes all six probes,
+# this exits with 1 and the script ends here.
 python compare.py
 
 # 37 s, 8.6 GiB.

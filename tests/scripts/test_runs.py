@@ -33,6 +33,6 @@ def steps(path):
 
 def test_both_go_the_whole_way():
     rehearse, train_4b = RUNS
-    middle = ["train_qlora.py", "compare.py", "compare.py", "merge.py", "compare.py", "serve.py"]
+    middle = ["train_qlora.py", "compare.py", "merge.py", "compare.py", "serve.py"]
     assert steps(rehearse) == ["download_model.py", "check.py", *middle, "compare.py"]
     assert steps(train_4b) == ["check.py", "download_model.py", *middle]
