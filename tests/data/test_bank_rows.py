@@ -24,12 +24,6 @@ def files():
     return {name: chat_rows.read_rows(FOLDER / f"{name}.jsonl") for name in names}
 
 
-def warnings_of(rows, **others):
-    """Return the warnings of rows, but for what is none: several calls in one answer are legal."""
-    found = row_warnings.warnings(rows, **others)
-    return [warning for warning in found if "several calls" not in warning.text]
-
-
 def calls_of(row):
     """Return [(turn, Call), …] of all answers of a row."""
     turns = [(n, m["content"]) for n, m in enumerate(row["messages"]) if m["role"] == "assistant"]
@@ -116,12 +110,12 @@ def test_all_calls_fit_the_schemas_of_their_tools(files):
 
 def test_no_row_deserves_a_warning(files):
     judged = [*files["heldout"], *files["probes"]]
-    assert warnings_of(files["rows"], held_out=judged) == []
+    assert row_warnings.warnings(files["rows"], held_out=judged) == []
 
 
 def test_no_row_repeats_or_nearly_repeats_one_of_another_file(files):
     rows = list(enumerate((row for rows in files.values() for _, row in rows), 1))
-    assert warnings_of(rows) == []
+    assert row_warnings.warnings(rows) == []
     texts = {name: {m["content"] for _, row in rows for m in row["messages"] if m["role"] == "user"}
              for name, rows in files.items()}  # fmt: skip
     assert not texts["rows"] & texts["heldout"]
