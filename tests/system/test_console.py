@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_printable_text_is_one_line_without_control_characters():
     assert printable("a\x1b[31mb\nc\u202ed") == "a\ufffd[31mb c\ufffdd"
     assert len(printable("ж" * 100)) == 60
+    assert printable("می\u200cخواهم 👨\u200d👩") == "می\u200cخواهم 👨\u200d👩"
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from contextlib import suppress
 
 from tqdm import tqdm
 
+JOINERS = "\u200c\u200d"  # Persian and Hindi words, and emoji of several, need them; they change nothing else
+
 
 def one_line(text):
     """Return text as one line, with control characters replaced."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+    return "".join(c if c.isprintable() or c in JOINERS else " " if c.isspace() else "\ufffd" for c in text)
 
 
 def printable(text, width=60):
