@@ -125,37 +125,59 @@ def kill_at(moment, number):
 
 
 def choose_moments(chance, count, seconds, operations):
-    """Return [(whether it is of the clock, moment), …]: seconds, or the number of an operation from 1."""
+    """Return [(whether it is of the clock, moment, whether there must be a checkpoint by then), …].
+
+    A moment is in seconds, or the number of an operation from 1. Of the clock's, all but the first come after
+    a checkpoint.
+    """
     clocks = count - count // 2
-    moments = [(True, seconds * (0.35 + 0.65 * (i + chance.random()) / clocks)) for i in range(clocks)]
+    moments = [(True, seconds * (0.35 + 0.65 * (i + chance.random()) / clocks), i > 0) for i in range(clocks)]
     for kind in (".checkpoint.", ".adapter.")[: count // 2]:
         within = [i + 1 for i, part in enumerate(operations) if part and part.startswith(kind)]
-        moments.append((False, chance.choice(within)))
+        moments.append((False, chance.choice(within), False))
     spread = count - len(moments)
     for i in range(spread):
-        moments.append((False, 1 + int(len(operations) * (i + chance.random()) / spread)))
+        moments.append((False, 1 + int(len(operations) * (i + chance.random()) / spread), False))
     return moments
 
 
-def killed_run(arguments, by_clock, moment):
-    """Start a run and kill it at a moment, an earlier one if it had ended before; return the moment."""
+def run_until(arguments, by_clock, moment):
+    """Start a run and kill it at a moment; return whether it was killed, and had not ended before."""
+    if by_clock:
+        pid = start(arguments, "log")
+        time.sleep(moment)
+        os.kill(pid, signal.SIGKILL)
+    else:
+        pid = start(arguments, "log", partial(kill_at, moment))
+    return exit_code(pid) == -signal.SIGKILL
+
+
+def killed_run(arguments, by_clock, moment, has_checkpoint):
+    """Start a run and kill it at a moment; return the moment.
+
+    An earlier one if it had ended before, a later one if it was to have a checkpoint and had none: seconds
+    are those of an undisturbed run, and a busy machine is slower at one time than at another.
+    """
+    output, too_early, too_late = arguments[-1], 0, None
     while True:
-        if by_clock:
-            pid = start(arguments, "log")
-            time.sleep(moment)
-            os.kill(pid, signal.SIGKILL)
-        else:
-            pid = start(arguments, "log", partial(kill_at, moment))
-        if exit_code(pid) == -signal.SIGKILL:
+        killed = run_until(arguments, by_clock, moment)
+        if killed and not (has_checkpoint and not checkpoints.checkpoint_dirs(output)):
             return moment
-        shutil.rmtree(arguments[-1])
-        moment = moment * 0.9 if by_clock else moment - 1
+        shutil.rmtree(output, ignore_errors=True)
+        if not by_clock:
+            moment -= 1
+        elif killed:
+            too_early = moment
+            moment = (moment + too_late) / 2 if too_late else moment * 1.2
+        else:
+            too_late = moment
+            moment = (moment + too_early) / 2 if too_early else moment * 0.9
 
 
-def kill_and_resume(arguments, by_clock, moment):
+def kill_and_resume(arguments, by_clock, moment, has_checkpoint):
     """Kill a run and resume it; return a dict of what it left, and of the adapter that it ends with."""
     output = arguments[-1]
-    moment = killed_run(arguments, by_clock, moment)
+    moment = killed_run(arguments, by_clock, moment, has_checkpoint)
     left = sorted({path.name for path in Path(output).rglob("*") if path.is_dir()})
     whole = len(checkpoints.checkpoint_dirs(output))
     code = exit_code(start([*arguments, "--resume"], "log"))
@@ -178,8 +200,8 @@ def main():
     print(json.dumps({"sha256": adapter, "seconds": seconds, "operations": len(operations)}), flush=True)
     for line in sys.stdin:
         seed, count = line.split()
-        for by_clock, moment in choose_moments(random.Random(seed), int(count), seconds, operations):
-            result = kill_and_resume([*arguments, "--output", "killed"], by_clock, moment)
+        for moment in choose_moments(random.Random(seed), int(count), seconds, operations):
+            result = kill_and_resume([*arguments, "--output", "killed"], *moment)
             print(json.dumps(result), flush=True)
 
 
