@@ -3,8 +3,9 @@
 It needs only what requirements.txt installs, and writes only a file that is not there yet.
 """
 
-import shlex
 from pathlib import Path
+
+from tuner.system.commands import quote
 
 IN, OUT = "sys.argv[1]", "sys.argv[2]"
 TEXT = f"open({IN},encoding='utf-8-sig')"
@@ -43,7 +44,7 @@ def make(path, code, suffix=".jsonl"):
     if not _is_plain(path):
         return "save it as a file with a plain name and use that"
     new = _free(path, suffix if suffix in SUFFIXES else ".jsonl")
-    return f'convert it to {new} and use that: python -c "{code}" {shlex.quote(str(path))} {shlex.quote(new)}'
+    return f'convert it to {new} and use that: python -c "{code}" {quote(str(path))} {quote(new)}'
 
 
 def _is_plain(path):
@@ -75,5 +76,5 @@ def unpack(path, module):
     if not _is_plain(path):
         return "unpack it and use the file in it"
     folder = _free(path, "")
-    quoted = f"{shlex.quote(str(path))} {shlex.quote(folder)}"
+    quoted = f"{quote(str(path))} {quote(folder)}"
     return f"unpack it and use the file of rows in {folder}: python -m {module} -e {quoted}"

@@ -35,6 +35,7 @@ RENAMED = {
     "parts": "content",
 }  # keys in other forms of rows
 KNOWN = ("role", "content", "tool_calls", "tool_call_id", "weight", *MEANING)
+ROLE_NAMES = {"developer": "system", "function": "tool"}  # what a role is called here
 TEXT_PARTS = ("text", "input_text", "output_text")  # the types of a part that is text
 
 
@@ -100,8 +101,8 @@ def _calls_of(message):
 
 def _simplify_message(message, ignored):
     message = _without_nulls(message)
-    if message.get("role") in ("developer", "function"):
-        message["role"] = {"developer": "system", "function": "tool"}[message["role"]]
+    if message.get("role") in tuple(ROLE_NAMES):  # a tuple: a role may be a list, which has no hash
+        message["role"] = ROLE_NAMES[message["role"]]
     if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):
         message["tool_calls"] = [{"function": message.pop("function_call")}]
     if message.get("tool_calls") == []:  # what vLLM sends where there is no call

@@ -23,6 +23,7 @@ OTHER_PARTS = {  # of a message's content: what to do about each type
     "tool_result": 'write it as a message of the role "tool"',
     "thinking": openai_shape.MEANING["thinking"],
 }
+CALL_FORM = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 TURN = '{"role": …, "content": …}'
 # What other forms of rows begin with, and how each is written here.
 OTHER_FORMS = {
@@ -223,15 +224,14 @@ def _message_faults(message, names):
 
 def _calls_faults(calls, names):
     """Yield the faults of a message's tool_calls."""
-    form = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
     if not isinstance(calls, list) or not calls:
-        yield f'"tool_calls" is {_kind(calls)}; write a list of {form}, or remove it'
+        yield f'"tool_calls" is {_kind(calls)}; write a list of {CALL_FORM}, or remove it'
         return
     ids = Counter()
     for number, call in enumerate(calls, 1):
         at = f"call {number}"
         if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
-            yield f'{at}: is {_kind(call)} without "function"; write {form}'
+            yield f'{at}: is {_kind(call)} without "function"; write {CALL_FORM}'
             continue
         function = call["function"]
         if call.get("type", "function") != "function":

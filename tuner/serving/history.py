@@ -9,14 +9,13 @@ import re
 from collections import defaultdict, deque
 from typing import NamedTuple
 
-from tuner.data import row_faults, tool_call
+from tuner.data import openai_shape, row_faults, tool_call
 from tuner.system.console import printable
 
-ROLES = {"developer": "system", "function": "tool", **{role: role for role in row_faults.KEYS}}
+ROLES = {**openai_shape.ROLE_NAMES, **{role: role for role in row_faults.KEYS}}
 CONTROL_TOKEN = re.compile(rf"<(?=(?:{'|'.join(token[1:] for token in row_faults.CONTROL_TOKENS)}))")
 TEXT_KEYS = {"text": "text", "refusal": "refusal"}  # of a part, by its type
 UNSEEN_PARTS = ("thinking", "redacted_thinking", "reasoning")  # what a model thought it does not read again
-CALL_FORM = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 NO_CALL = 'result of a call that is not among the messages; send the "assistant" message with the call too'
 
 
@@ -171,13 +170,15 @@ def read_calls(message):
     if not calls:
         calls = [{"function": message["function_call"]}] if message.get("function_call") else []
     if not isinstance(calls, list):
-        raise ValueError(f'"tool_calls" is not a list; write a list of {CALL_FORM}')
+        raise ValueError(f'"tool_calls" is not a list; write a list of {row_faults.CALL_FORM}')
     for number, call in enumerate(calls, 1):
         call = call if isinstance(call, dict) else {}
         function = call.get("function")
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name or (call.get("type") or "function") != "function":
-            raise ValueError(f"call {number} is not one of a function with a name; write {CALL_FORM}")
+            raise ValueError(
+                f"call {number} is not one of a function with a name; write {row_faults.CALL_FORM}"
+            )
         try:
             yield read_id(call, "id"), name, tag_of(name, function.get("arguments"))
         except ValueError as error:
