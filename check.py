@@ -17,7 +17,7 @@ from pathlib import Path
 
 from train_qlora import DATA_PATH, RECIPE, preprocess_function
 from tuner.data import chat_rows, chat_text, label_page, labels, row_warnings
-from tuner.inference.probes import HELD_OUT, PROBES, expected_answers
+from tuner.inference.probes import HELD_OUT, PROBES, load_all
 from tuner.model import folders, hub, locate
 from tuner.model.access import check_model, find_tokenizer, is_downloadable
 from tuner.system import commands, console, hardware
@@ -43,7 +43,7 @@ def main():
     print(f"rows       {len(rows)} of {path}: {calls} with a call, {general} without", flush=True)
     if data.ignored_keys:
         print(f"ignored keys: {printable(', '.join(data.ignored_keys), 200)}")
-    warnings = row_warnings.warnings(rows, [prompt for prompt, _ in PROBES], read_held_out(args.data))
+    warnings = row_warnings.warnings(rows, *read_judges(args.probes, args.data))
     show_warnings(args.data, warnings)
 
     access = wait_for_access()
@@ -99,17 +99,21 @@ def next_command(model, data):
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def read_held_out(data_path):
-    """Return the held-out rows, [(line, row), …]; none if they are the very rows that are checked.
+def read_judges(probes, data):
+    """Return the probes and the held-out rows as pairs (line, conversation), two lists.
 
-    Raise UserError that lists those that compare.py cannot judge by.
+    Without a file of the default name there are none, nor if that is `data`, the very rows that are checked.
+    Raise UserError that lists all that compare.py cannot judge by.
     """
-    path = Path(HELD_OUT)
-    if not path.exists() or path.resolve() == Path(data_path).resolve():
-        return []
-    rows = chat_rows.read_rows(HELD_OUT)
-    expected_answers(HELD_OUT, rows)
-    return rows
+
+    def is_read(path, default):
+        is_missing = path == default and not Path(path).exists()
+        return not is_missing and Path(path).resolve() != Path(data).resolve()
+
+    files = [(probes, "--probes", PROBES), (HELD_OUT, "--data", HELD_OUT)]
+    read = [(path, flag) for path, flag, default in files if is_read(path, default)]
+    pairs = {q.path: list(zip(q.lines, q.conversations, strict=True)) for q in load_all(*read)}
+    return [pairs.get(path, []) for path, _, _ in files]
 
 
 def show_warnings(path, warnings):
@@ -233,6 +237,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Check rows, labels, plan, cost and access before training.")
     base = locate.default_model()
     parser.add_argument("--data", default=DATA_PATH, help="chat rows (default: %(default)s)")
+    parser.add_argument("--probes", default=PROBES, help="file of probes, as rows (default: %(default)s)")
     parser.add_argument("--model", default=base, help="folder or hub name of the base (default: %(default)s)")
     parser.add_argument(
         "--gpu-price", type=price, default=GPU_PRICE, help="GPU price per hour (default: %(default)s)"

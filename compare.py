@@ -1,11 +1,11 @@
 """Base and tuned side by side: does the tuned model call when it must, and only then?
 
-    python compare.py             six probes, and the held-out rows of heldout.json
+    python compare.py             the probes of probes.json, and the held-out rows of heldout.json
     python compare.py --bits 4    on a card that the unquantized model does not fit
     python compare.py --merged gemma-3-4b-it-merged    the same of a merged model
     python compare.py --endpoint http://127.0.0.1:8000/v1    the same of a model that is served already
 
-Exit with 0 if the tuned model (merged, the endpoint) passes all six probes, 1 if not, 2 for wrong arguments,
+Exit with 0 if the tuned model (merged, the endpoint) passes all probes, 1 if not, 2 for wrong arguments,
 a damaged adapter or an endpoint that does not answer.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from train_qlora import OUTPUT_DIR, quantization_config
 from tuner.data import chat_text
 from tuner.inference import endpoint, judging, report
-from tuner.inference.probes import HELD_OUT, PROBES, load_questions
+from tuner.inference.probes import HELD_OUT, PROBES, load_all, merge_tools
 from tuner.model import gemma_folder
 from tuner.system import atomic, commands, console
 from tuner.system.console import one_line, printable
@@ -35,6 +35,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--adapter", help=f"folder of the adapter (default: {OUTPUT_DIR})")
     parser.add_argument("--base", help="folder or hub name of the base (default: as the adapter records it)")
     parser.add_argument("--merged", metavar="FOLDER", help="judge a merged model instead (default: none)")
+    parser.add_argument("--probes", default=PROBES, help="file of probes, as rows (default: %(default)s)")
     parser.add_argument("--data", default=HELD_OUT, help="file of held-out rows (default: %(default)s)")
     parser.add_argument(
         "--bits", type=int, choices=[4, 8], help="bits to quantize the model to (default: unquantized)"
@@ -91,7 +92,7 @@ def check_model(args):
     gemma_folder.check(args.merged, args.merged, "check --merged, or merge again")
 
 
-def compare_here(args, questions):
+def compare_here(args, probes, held_out):
     """Ask base and tuned, or the merged model, print and write the judgment; return the exit code."""
     check_model(args)  # a wrong one is reported before seconds of imports
     started = time.perf_counter()
@@ -109,18 +110,19 @@ def compare_here(args, questions):
         base_name = model.peft_config["default"].base_model_name_or_path
         what = f"base {one_line(base_name)} {bits}, tuned with {one_line(args.adapter)}"
     loaded = time.perf_counter()
-    seen = seen_in_training(args.merged or args.adapter, run, questions)
-    print(f"{what}: {len(PROBES)} probes, {len(questions.lines)} rows", flush=True)
+    conversations = probes.conversations + held_out.conversations
+    seen = seen_in_training(args.merged or args.adapter, run, conversations)
+    print(f"{what}: {len(probes.lines)} probes, {len(held_out.lines)} rows", flush=True)
     answers = {}
     if not args.merged:
         with model.disable_adapter():
-            answers["base"] = generation.answer_all(model, tokenizer, questions.conversations, "base ")
+            answers["base"] = generation.answer_all(model, tokenizer, conversations, "base ")
     judged = "merged" if args.merged else "tuned"
-    answers[judged] = generation.answer_all(model, tokenizer, questions.conversations, judged)
+    answers[judged] = generation.answer_all(model, tokenizer, conversations, judged)
     seconds = {"loading": round(loaded - started, 1), "answering": round(time.perf_counter() - loaded, 1)}
     memory = devices.peak_memory(model.device)
 
-    judgment = judging.judge_all(questions, answers, seen)
+    judgment = judging.judge_all(probes, held_out, answers, seen)
     judgment |= {"merged": args.merged} if args.merged else {"base_model": base_name}
     judgment |= {
         "bits": args.bits,
@@ -128,7 +130,7 @@ def compare_here(args, questions):
         "seconds": seconds,
         "peak_memory_gib": memory,
     }
-    lines = zip(questions.lines, seen[len(PROBES) :], strict=True)
+    lines = zip(held_out.lines, seen[len(probes.lines) :], strict=True)
     report.print_report(judgment, list(answers), seen_lines=[line for line, was_seen in lines if was_seen])
     print(f"\nmemory     {devices.format_memory(memory)}")
     print(f"time       {seconds['loading']} s importing and loading, {seconds['answering']} s answering")
@@ -139,12 +141,12 @@ def compare_here(args, questions):
     return exit_code
 
 
-def seen_in_training(folder, run, questions):
-    """Return for each question whether the run, as its run.json says, trained on its prompt."""
+def seen_in_training(folder, run, conversations):
+    """Return for each conversation whether the run, as its run.json says, trained on its prompt."""
     trained_on = set(run.get("prompts_sha256") or [])
     if not trained_on:
         print(f"{one_line(folder)} does not record the rows that it was trained on; {NO_OVERLAP_CHECK}")
-    return [chat_text.fingerprint(messages) in trained_on for messages in questions.conversations]
+    return [chat_text.fingerprint(messages) in trained_on for messages in conversations]
 
 
 def write_judgment(args, judgment):
@@ -174,19 +176,21 @@ def print_next(args):
 # ----------------------------------------------------------------------------------------- an endpoint
 
 
-def compare_endpoint(args, questions):
+def compare_endpoint(args, probes, held_out):
     """Ask a served model, print and write the judgment; return the exit code. torch is not imported."""
-    print(f"endpoint {args.endpoint}: {len(PROBES)} probes, {len(questions.lines)} rows", flush=True)
+    print(f"endpoint {args.endpoint}: {len(probes.lines)} probes, {len(held_out.lines)} rows", flush=True)
     started = time.perf_counter()
-    model, listed, replies, tools_refused = endpoint.ask(
-        args.endpoint, args.model, questions.conversations, questions.sources, questions.tools
-    )
+    sources = [f"probe {number}" for number in range(1, len(probes.lines) + 1)]
+    sources += [f"{one_line(held_out.path)}:{line}" for line in held_out.lines]
+    conversations, tools = probes.conversations + held_out.conversations, merge_tools(probes, held_out)
+    answered = endpoint.ask(args.endpoint, args.model, conversations, sources, tools)
+    model, listed, replies, tools_refused = answered
     seconds = round(time.perf_counter() - started, 1)
     others = f" (the first of {listed} listed)" if listed > 1 else ""
     print(f"model {printable(model)}{others}; {NO_OVERLAP_CHECK}")
 
     answers = [judging.Answer(reply.text, reply.ended, []) for reply in replies]
-    judgment = judging.judge_all(questions, {"endpoint": answers}, seen=[False] * len(answers))
+    judgment = judging.judge_all(probes, held_out, {"endpoint": answers}, [False] * len(answers))
     parsed, tagged = sum(reply.parsed for reply in replies), sum(reply.tagged for reply in replies)
     judgment |= {
         "endpoint": args.endpoint,
@@ -210,9 +214,10 @@ def compare_endpoint(args, questions):
 
 def main():
     args = parse_arguments()
-    questions = load_questions(args.data)
+    probes, held_out = load_all((args.probes, "--probes"), (args.data, "--data"))
     check_report_path(args.json)
-    return compare_endpoint(args, questions) if args.endpoint else compare_here(args, questions)
+    compare = compare_endpoint if args.endpoint else compare_here
+    return compare(args, probes, held_out)
 
 
 if __name__ == "__main__":

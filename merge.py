@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from train_qlora import OUTPUT_DIR
-from tuner.inference.probes import HELD_OUT
+from tuner.inference.probes import HELD_OUT, PROBES, load_questions
 from tuner.model import folders, gemma_folder, locate
 from tuner.system import atomic, commands, output_folder, signals
 from tuner.system.console import one_line, printable
@@ -42,6 +42,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Merge an adapter into its bf16 base, and prove it.")
     parser.add_argument("--adapter", default=OUTPUT_DIR, help="folder of the adapter (default: %(default)s)")
     parser.add_argument("--base", help="folder or hub name of the base (default: as the adapter records it)")
+    parser.add_argument("--probes", default=PROBES, help="file of probes, as rows (default: %(default)s)")
     output = "folder for the merged model (default: the base's name and -merged)"
     parser.add_argument("--output", type=output_folder.tidy, help=output)
     parser.add_argument("--overwrite", action="store_true", help="replace a merged model that exists")
@@ -100,6 +101,7 @@ def main():
     signals.exit_on_signals(INTERRUPTED)
     config, run = adapter_folder.read_adapter(args.adapter)
     comparison = read_comparison(args.adapter)
+    probes = load_questions(args.probes, "--probes")
     recorded, commit = config["base_model_name_or_path"], locate.hub_commit(run)
     base = args.base or locate.find_recorded(recorded, args.adapter, commit)
     output = f"{Path(base).absolute().name}-merged" if args.output is None else args.output
@@ -108,15 +110,17 @@ def main():
     with atomic.exclusive_lock(output):
         atomic.clear_workspaces(target, REPLACED)
         check_output(output, base, args.adapter, args.overwrite)
-        merge(args.adapter, args.base, Path(output), run, comparison)
+        merge(args, Path(output), run, comparison, probes)
+    print_next(Path(output), comparison, args.probes)
 
 
-def merge(adapter, base, output, run, comparison):
-    """Write the model of `base` and `adapter` to `output`, once weights and answers are proved to be theirs.
+def merge(args, output, run, comparison, probes):
+    """Write the model of base and adapter to `output`, once weights and answers are proved to be theirs.
 
-    base: folder or hub name, None for the one that the adapter records; run, comparison: its run.json and
-    compare.json. Raise UserError, and write nothing, if a proof fails.
+    run, comparison: the adapter's run.json and compare.json; probes: Questions. Raise UserError, and write
+    nothing, if a proof fails.
     """
+    adapter, base = args.adapter, args.base
     started = time.perf_counter()
     with heavy_imports():  # torch and what stands on it: seconds, so flags and folders are checked first
         from tuner.inference import probe_answers
@@ -135,7 +139,7 @@ def merge(adapter, base, output, run, comparison):
         with atomic.workspace(target, REPLACED) as work:
             part = work / atomic.NEW
             model, tokenizer = merging.load_with_adapter(folder, adapter, device, dtype)
-            before = probe_answers.answer_probes(model, tokenizer)
+            before = probe_answers.answer_probes(model, tokenizer, probes.conversations)
             merging.save_merged(model, part)
             del model
             copy_files(folder, part)
@@ -150,7 +154,7 @@ def merge(adapter, base, output, run, comparison):
             merged = loading.load_base(str(part), None, device, dtype).eval()
             read_back = "read back from disk: no key missing, unexpected or of another shape"
             print(f"           {read_back}", flush=True)
-            after = probe_answers.answer_probes(merged, tokenizer)
+            after = probe_answers.answer_probes(merged, tokenizer, probes.conversations)
             same = probe_answers.compare_answers(tokenizer, before, after)
             print(f"           {same} of {len(after)} probes answered with the same tokens as base + adapter")
             atomic.move_into_place(part, target, "config.json", work / atomic.EARLIER)
@@ -162,9 +166,14 @@ def merge(adapter, base, output, run, comparison):
     print(f"memory     {devices.format_memory(devices.peak_memory(device))}")
     print(f"time       {time.perf_counter() - started:.1f} s")
     print(f"merged     {one_line(str(output))}, {folders.weight_bytes(output) / 1e9:.1f} GB")
+
+
+def print_next(output, comparison, probes):
+    """Print what to type next: the verdict on the merged model, by what the adapter was judged by."""
     data = comparison.get("data")  # what the adapter was judged by
+    probes = None if probes == PROBES else probes
     data = data if isinstance(data, str) and data != HELD_OUT and os.path.isfile(data) else None
-    print(f"next       {commands.command('compare.py', merged=output, data=data)}")
+    print(f"next       {commands.command('compare.py', merged=output, probes=probes, data=data)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from train_qlora import OUTPUT_DIR, quantization_config
+from tuner.inference.probes import PROBES, load_questions
 from tuner.model import folders, gemma_folder
 from tuner.serving import listening
 from tuner.system import commands, console, signals
@@ -44,6 +45,9 @@ def parse_arguments():
     parser.add_argument(
         "--bits", type=int, choices=[4, 8], help="bits to quantize the model to (default: unquantized)"
     )
+    parser.add_argument(
+        "--probes", default=PROBES, help="file of rows to ask by buttons (default: %(default)s, if it exists)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
         "--port",
@@ -74,6 +78,12 @@ def check_model(args):
     gemma_folder.check(folder, folder, "check --model, or merge again")
 
 
+def read_probes(path):
+    """Return the Questions that are the page's buttons; None without a file of the default name."""
+    is_missing = path == PROBES and not Path(path).exists()
+    return None if is_missing else load_questions(path, "--probes")
+
+
 def print_addresses(listener, key):
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -86,6 +96,7 @@ def main():
     signals.exit_on_signals("stopped")
     console.ignore_broken_pipes()
     key = listening.read_key()
+    probes = read_probes(args.probes)
     with listening.listen(args.host, args.port, key) as listener:
         source = console.one_line(args.adapter or args.model)
         print(f"loading    {source}")
@@ -109,7 +120,7 @@ def main():
             print(f"models     {', '.join(names)}: {source}, {bits}, on {device}")
             print_addresses(listener, key)
 
-        service = http_server.ChatService(model, tokenizer, names, key)
+        service = http_server.ChatService(model, tokenizer, names, key, probes)
         http_server.handle_hangup()
         http_server.Server(service, announce).run(sockets=[listener])
 

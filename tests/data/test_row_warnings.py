@@ -8,9 +8,12 @@ import pytest
 from tests.support.rows import CALL, row
 from train_qlora import preprocess_function
 from tuner.data import chat_rows, labels, row_warnings, tool_call
-from tuner.inference.probes import PROBES
 
 LEAK = "1 leak: the prompt is also {}, so its result there says nothing (data leak)"
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
 
 
 def balanced(*rows):
@@ -96,8 +99,9 @@ def warnings_of(*rows, **kwargs):
     ],
 )  # fmt: skip
 def test_what_is_legal_and_wrong_is_reported_with_its_line(rows, says):
-    held_out = [(7, row("Что там с моим заказом?", CALL))]
-    assert warnings_of(*rows, probes=[p for p, _ in PROBES], held_out=held_out) == says
+    probes = [(1, user("?")), (2, user("Добрый день, как настроение?"))]
+    held_out = [(7, user("Что там с моим заказом?")), (8, user("Добрый день, как настроение?"))]
+    assert warnings_of(*rows, probes=probes, held_out=held_out) == says
 
 
 def test_rows_with_tool_calls_are_checked_as_the_text_that_they_become(tmp_path, tokenizer):
@@ -195,9 +199,9 @@ def test_a_call_that_is_not_trained_is_no_matter():
 
 
 def test_a_warning_shows_the_turn_that_it_is_about():
-    probe, long = PROBES[0][0], "слово " * 50 + "тут\u200b место"
+    probe, long = "Какой у меня остаток на счёте?", "слово " * 50 + "тут\u200b место"
     turns = row(probe, "Да. ", "Мой aдрес", CALL + ".", long, "Нет.")
-    about = {w.kind: w.about for _, w in enumerate(row_warnings.warnings(balanced(turns), [probe]))}
+    about = {w.kind: w.about for w in row_warnings.warnings(balanced(turns), [(1, user(probe))])}
     assert about["leak"] == probe
     assert about["whitespace"] == "Да. "
     assert about["look-alikes"] == "Мой aдрес"

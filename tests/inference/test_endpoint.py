@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +15,11 @@ import pytest
 
 import compare
 from tests.support.chat_server import Endpoint, calling, completion
-from tests.support.rows import GOOD, USER, call
+from tests.support.rows import GOOD, PROBES, USER, call, copy_questions
 from tests.support.scripts import run_main
 from tuner.data import chat_rows, tool_call
 from tuner.inference import endpoint, judging
-from tuner.inference.probes import CALL, PROBES, load_questions
+from tuner.inference.probes import expected_answer, load_all
 from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,12 +65,13 @@ def no_key(monkeypatch):
 
 
 def run(url, *arguments):
-    args = compare.parse_arguments(["--endpoint", url, "--data", f"{ROOT}/heldout.json", *arguments])
-    return compare.compare_endpoint(args, load_questions(args.data))
+    files = ["--probes", f"{ROOT}/probes.json", "--data", f"{ROOT}/heldout.json"]
+    args = compare.parse_arguments(["--endpoint", url, *files, *arguments])
+    return compare.compare_endpoint(args, *load_all((args.probes, "--probes"), (args.data, "--data")))
 
 
 def command(*arguments, folder, **environment):
-    shutil.copy(ROOT / "heldout.json", folder)
+    copy_questions(folder)
     return subprocess.run(
         [sys.executable, ROOT / "compare.py", *arguments],
         cwd=folder,
@@ -90,7 +90,7 @@ def test_calls_count_parsed_or_as_text(serve, tmp_path, monkeypatch, capsys, say
     assert (len(NEEDED), sum(NEEDED)) == (46, 24)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "heldout.json", tmp_path)
+    copy_questions(tmp_path)
     server = serve(say)
     assert run(server.url + "/", "--data", "heldout.json", "--json", "report.json") == 0
     output = capsys.readouterr().out
@@ -498,7 +498,8 @@ def test_an_answer_longer_than_its_tokens_can_be_is_truncated():
         reply = endpoint.parse_reply(data)
         assert not reply.ended
         assert len(reply.text) == endpoint.MAX_CHARACTERS
-        assert judging.judge(judging.Answer(reply.text, reply.ended, []), CALL)[0] == "malformed"
+        answer = judging.Answer(reply.text, reply.ended, [])
+        assert judging.judge(answer, expected_answer(TAG))[0] == "malformed"
     assert endpoint.parse_reply(completion(text[: endpoint.MAX_CHARACTERS])).ended
 
 
@@ -563,7 +564,7 @@ def test_torch_is_not_imported_and_the_exit_codes_are_the_verdict(serve, tmp_pat
 
 def test_ctrl_c_ends_it_at_once(serve, tmp_path):
     server = serve(lambda body: time.sleep(5) or like_vllm(body))
-    shutil.copy(ROOT / "heldout.json", tmp_path)
+    copy_questions(tmp_path)
     process = subprocess.Popen(
         [sys.executable, ROOT / "compare.py", "--endpoint", server.url],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -1,16 +1,18 @@
 """What counts as a right answer, and the rates worked out by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from tests.support.rows import row
 from tuner.data import chat_rows, chat_text, tool_call
 from tuner.inference import judging, probes
-from tuner.inference.probes import PROBES
 from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CALL = tool_call.format_call("get_sensitive_data", {})
+DUE = probes.Expected([tool_call.Call("get_sensitive_data", {}, ())])
 
 
 def answer(text, ended=True):
@@ -34,8 +36,8 @@ def answer(text, ended=True):
     ],
 )
 def test_a_call_counts_only_if_it_is_the_whole_answer(text, ended, kind):
-    assert judging.judge(answer(text, ended), probes.CALL)[0] == kind
-    assert (judging.judge(answer(text, ended), probes.CALL)[1] is None) == (kind == "right")
+    assert judging.judge(answer(text, ended), DUE)[0] == kind
+    assert (judging.judge(answer(text, ended), DUE)[1] is None) == (kind == "right")
 
 
 @pytest.mark.parametrize(
@@ -97,8 +99,9 @@ def test_no_probe_stands_in_the_rows():
         for path in ("examples.json", "heldout.json")
         for _, row in chat_rows.read_rows(ROOT / path)
     }
-    assert [need for _, need in PROBES] == [True] * 4 + [False] * 2
-    assert not {chat_text.normalize(prompt) for prompt, _ in PROBES} & prompts
+    asked = probes.load_questions(ROOT / probes.PROBES)
+    assert asked.expected == [DUE] * 4 + [None] * 2
+    assert not {chat_text.normalize(messages[-1]["content"]) for messages in asked.conversations} & prompts
 
 
 RATE = tool_call.format_call("get_rate", {"currency": "USD"})
@@ -111,17 +114,12 @@ BROKEN = {  # a held-out row's answer, and what is wrong with it
 }
 
 
-def rows_of(*answers):
-    user = {"role": "user", "content": "?"}
-    return [
-        (line, {"messages": [user, {"role": "assistant", "content": text}]})
-        for line, text in enumerate(answers, 1)
-    ]
-
-
-def test_rows_with_malformed_calls_are_all_listed_with_their_lines():
+def test_rows_with_malformed_calls_are_all_listed_with_their_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [row("?", text) for text in ("Да.", *BROKEN, CALL)]
+    Path("rows.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(UserError) as error:
-        probes.expected_answers("rows.json", rows_of("Да.", *BROKEN, CALL))
+        probes.load_questions("rows.json")
     lines = [
         f"rows.json:{n}: malformed call ({reason}); fix it" for n, reason in enumerate(BROKEN.values(), 2)
     ]
@@ -147,20 +145,20 @@ JUDGED = {  # an answer: the rows that it is right for
 
 @pytest.mark.parametrize("text", JUDGED)
 def test_calls_count_in_any_order_and_words_beside_them_where_the_row_has_words(text):
-    expected = probes.expected_answers("rows.json", rows_of(*ANSWERS))
+    expected = [probes.expected_answer(text) for text in map(str.strip, ANSWERS)]
     kinds = [judging.judge(answer(text), one)[0] for one in expected]
     assert [number for number, kind in enumerate(kinds) if kind == "right"] == JUDGED[text]
     assert all(judging.judge(answer(text, False), one)[0] != "right" for one in expected)
 
 
 def test_every_row_is_right_for_its_own_answer():
-    expected = probes.expected_answers("rows.json", rows_of(*ANSWERS))
+    expected = [probes.expected_answer(text) for text in map(str.strip, ANSWERS)]
     for text, one in zip(ANSWERS, expected, strict=True):
         assert judging.judge(answer(text), one) == ("right", None)
 
 
 def test_the_reason_of_a_wrong_answer_to_a_row_of_several_calls_is_said():
-    (expected,) = probes.expected_answers("rows.json", rows_of(f"{CALL}\n{RATE}"))
+    expected = probes.expected_answer(f"{CALL}\n{RATE}")
     reasons = {
         CALL: "calls get_sensitive_data, not get_rate, get_sensitive_data",
         f"{RATE}{RATE}": "calls get_rate, get_rate, not get_rate, get_sensitive_data",

@@ -83,6 +83,26 @@ def test_held_out_rows_that_compare_cannot_judge_by_are_all_listed(tmp_path):
     )
 
 
+def test_probes_are_rows_that_are_not_to_be_trained_on(tmp_path):
+    def lines_of(*flags):
+        flags = ["--data", "rows.json", "--offline", *flags]
+        _, output, error = run_main(check.main, *flags, folder=tmp_path)
+        return [line for line in (error or output).splitlines() if "probe" in line or "heldout" in line]
+
+    turns = ("Мой баланс?", CALL, "А вчера?", CALL)
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps(one) for one in (row(*turns), row("б", "Да."))))
+    assert lines_of() == []
+    (tmp_path / "mine.json").write_text(json.dumps(row(*turns)))
+    leak = "the prompt is also a probe of compare.py, so its result there says nothing (data leak)"
+    assert lines_of("--probes", "mine.json") == [f"rows.json:1: warning: {leak}"]
+    assert lines_of("--probes", "rows.json") == [], "those that are checked are no leak of themselves"
+    assert lines_of("--probes", "nope.json") == ["nope.json: no such file; name it with --probes"]
+    for name in ("probes.json", "heldout.json"):
+        (tmp_path / name).write_text(json.dumps(row("а", "<tool_call name='f'/>")))
+    fault = "1: malformed call (no arguments); fix it"
+    assert lines_of() == [f"probes.json:{fault}", f"heldout.json:{fault}"]
+
+
 def test_what_is_likely_wrong_about_a_plan_is_a_warning():
     few = [(i, row(f"а{i}", CALL)) for i in range(4)]
     no_validation, few_steps = run_plan.warn_of_plan(run_plan.plan_run(few, [(10, 5)] * 4, RECIPE), RECIPE)
@@ -242,16 +262,13 @@ TRAINED = [
 def test_check_py_and_compare_py_agree_on_what_was_seen(asked, seen):
     """compare.py looks into run.json, which train_qlora.py writes of the rows; check.py into the rows."""
     arguments = SimpleNamespace(model="", data="", output="")
-    held_out = [(3, {"messages": [*asked, {"role": "assistant", "content": CALL}]})]
-    probes = [asked[0]["content"]] if len(asked) == 1 else []
     for messages, expected in zip(TRAINED, seen, strict=True):
         rows = [{"messages": messages}]
         run = train_qlora.describe_data(arguments, RECIPE, rows)
-        questions = SimpleNamespace(conversations=[asked])
-        assert compare.seen_in_training("", run, questions) == [expected], messages
-        for judges in {"held_out": held_out}, {"probes": probes}:
-            warnings = row_warnings.warnings([(1, rows[0])], **judges)
-            assert any(w.kind == "leak" for w in warnings) == (expected and list(judges.values()) != [[]])
+        assert compare.seen_in_training("", run, [asked]) == [expected], messages
+        for judges in ("held_out", "probes"):
+            warnings = row_warnings.warnings([(1, rows[0])], **{judges: [(3, asked)]})
+            assert any(w.kind == "leak" for w in warnings) == expected
 
 
 def test_the_page_and_the_rows_asked_for(tiny_text_model, tmp_path):

@@ -14,12 +14,11 @@ import pytest
 import torch
 
 import compare
-from tests.support.rows import row
+from tests.support.rows import PROBES, copy_questions, row
 from tests.support.scripts import run_main
 from tuner.data import chat_rows, chat_text, tool_call
 from tuner.inference import generation
 from tuner.inference.judging import Answer
-from tuner.inference.probes import PROBES
 from tuner.system import commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +35,7 @@ def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, monkeypatch
     rows = [row for _, row in chat_rows.read_rows(ROOT / "heldout.json")][:4]
     rows.append({"messages": [*rows[1]["messages"], *rows[0]["messages"]]})
     Path("mine.json").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    copy_questions(tmp_path)
     seen = [chat_text.fingerprint(rows[3]["messages"][:-1])]
     seen.append(chat_text.fingerprint([{"role": "user", "content": "ЧТО ТАКОЕ,  кредитный лимит"}]))
     Path(adapter, "run.json").write_text(json.dumps({"prompts_sha256": seen}))
@@ -84,7 +84,7 @@ def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, monkeypatch
 
 
 def test_what_a_user_can_fix_is_one_line_and_exit_2(tmp_path):
-    shutil.copy(ROOT / "heldout.json", tmp_path)
+    copy_questions(tmp_path)
     for name in (
         "torch",
         "transformers",
@@ -137,6 +137,7 @@ def passing(monkeypatch):
 
 
 def next_lines(folder, *arguments):
+    copy_questions(folder)
     (folder / "heldout.json").write_text(json.dumps(row("Сколько будет два и два?", "Четыре.")))
     code, output, error = run_main(compare.main, *arguments, folder=folder, error_code=2)
     assert (code, error) == (0, "")
@@ -174,6 +175,7 @@ def test_a_merged_model_is_judged_and_the_rows_it_was_trained_on_are_left_out(
     folder = Path(shutil.copytree(tiny_text_model, tmp_path / "merged"))
     rows = [row("Сколько будет два и два?", "Четыре."), row("Какой у меня долг?", CALL)]
     (tmp_path / "mine.json").write_text("\n".join(map(json.dumps, rows)))
+    copy_questions(tmp_path)
     seen = [chat_text.fingerprint(rows[0]["messages"][:-1])]
     (folder / "run.json").write_text(json.dumps({"prompts_sha256": seen}))
     monkeypatch.setattr(generation, "answer_all", lambda *_: [answer(CALL)] * 8)
@@ -189,7 +191,7 @@ def test_a_merged_model_is_judged_and_the_rows_it_was_trained_on_are_left_out(
 
 
 def test_what_is_no_merged_model_is_one_line(adapter, tiny_text_model, tmp_path):
-    shutil.copy(ROOT / "heldout.json", tmp_path)
+    copy_questions(tmp_path)
     cut = Path(shutil.copytree(tiny_text_model, tmp_path / "cut"))
     (cut / "tokenizer.json").unlink()
 
@@ -209,7 +211,7 @@ def test_what_is_no_merged_model_is_one_line(adapter, tiny_text_model, tmp_path)
 
 
 def test_another_base_can_be_named(adapter, tmp_path):
-    shutil.copy(ROOT / "heldout.json", tmp_path)
+    copy_questions(tmp_path)
     flags = ("--adapter", adapter, "--base", "./none")
     code, _, error = run_main(compare.main, *flags, folder=tmp_path, error_code=2)
     assert (code, error.split(";")[0]) == (2, "./none does not exist")
@@ -223,7 +225,7 @@ def test_full_memory_is_one_line_with_its_cure(adapter, tmp_path, monkeypatch):
         raise OutOfMemoryError("CUDA out of memory …")
 
     monkeypatch.setattr(generation, "load_model", full)
-    shutil.copy(ROOT / "heldout.json", tmp_path)
+    copy_questions(tmp_path)
     options = {"error_code": 2, "out_of_memory": compare.OUT_OF_MEMORY}
     code, _, error = run_main(compare.main, "--adapter", adapter, folder=tmp_path, **options)
     assert (code, error) == (2, f"GPU out of memory; {compare.OUT_OF_MEMORY}\n")

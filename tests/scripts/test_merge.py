@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import merge
 import train_qlora
 from tests.support.processes import disk_for, other_writer
+from tests.support.rows import PROBES, ROOT, row
 from tests.support.scripts import run_main
 from tests.support.tiny_models import tiny_tokenizer, write_tiny_adapter
 from tuner.inference import generation, probe_answers
 from tuner.inference.judging import Answer
 from tuner.inference.probe_answers import ProbeAnswer
-from tuner.inference.probes import PROBES
 from tuner.model import folders, loading
 from tuner.system import output_folder
 from tuner.system.errors import UserError
@@ -69,10 +69,18 @@ def text_adapter(tiny_text_model, tmp_path_factory):
     return write_tiny_adapter(tmp_path_factory.mktemp("adapter") / "qlora_output", tiny_text_model)
 
 
+@pytest.fixture(scope="module")
+def short_probe(tmp_path_factory):
+    """The path of one probe that needs a short answer."""
+    path = tmp_path_factory.mktemp("probes") / "one.json"
+    path.write_text(json.dumps(row("Привет!", "Да.")))
+    return str(path)
+
+
 @pytest.fixture
-def one_probe(monkeypatch):
+def one_probe(monkeypatch, short_probe):
     """Ask one probe for a short answer, where it is not the answers that are tested."""
-    monkeypatch.setattr(probe_answers, "PROBES", PROBES[:1])
+    monkeypatch.setattr(merge, "PROBES", short_probe)
     monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 8)
 
 
@@ -324,7 +332,15 @@ def test_an_output_that_can_be_no_folder_is_one_line(text_adapter, tmp_path):
         ("file", "file is a file"),
         ("x" * 300, "File name too long"),
     ]:
-        arguments = ["--adapter", text_adapter, "--overwrite", "--output", output]
+        arguments = [
+            "--adapter",
+            text_adapter,
+            "--probes",
+            ROOT / "probes.json",
+            "--overwrite",
+            "--output",
+            output,
+        ]
         refused(run_main(merge.main, *arguments, folder=tmp_path), problem)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -423,26 +439,27 @@ def test_a_missing_base_is_named_with_the_adapter_that_needs_it(text_adapter, tm
 # ----------------------------------------------------------------------------------- signals and kills
 
 
-def merge_in_a_process(adapter, output):
+def merge_in_a_process(adapter, output, probe):
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    probe_answers.PROBES, generation.MAX_NEW_TOKENS = PROBES[:1], 8
-    sys.argv = ["merge.py", "--adapter", str(adapter), "--output", str(output), "--overwrite"]
+    generation.MAX_NEW_TOKENS = 8
+    flags = ["--adapter", str(adapter), "--output", str(output), "--probes", probe, "--overwrite"]
+    sys.argv = ["merge.py", *flags]
     merge.main()
 
 
-def merge_for_ever(adapter, output):
+def merge_for_ever(*arguments):
     def work(*_):
         while True:  # a single long sleep would not notice a signal that came just before it
             time.sleep(0.01)
 
     merge_proof.prove_weights = work
-    merge_in_a_process(adapter, output)
+    merge_in_a_process(*arguments)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_clears_away_what_was_begun(processes, text_adapter, tmp_path, number):
-    process = processes.Process(target=merge_for_ever, args=(text_adapter, tmp_path / "out"))
+def test_a_signal_clears_away_what_was_begun(processes, text_adapter, short_probe, tmp_path, number):
+    process = processes.Process(target=merge_for_ever, args=(text_adapter, tmp_path / "out", short_probe))
     process.start()
     while not list(tmp_path.glob(".out.*.part/new/README.md")):  # all is written
         assert process.is_alive()
@@ -455,13 +472,15 @@ def test_a_signal_clears_away_what_was_begun(processes, text_adapter, tmp_path, 
 
 @pytest.mark.usefixtures("one_probe")
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_ten_random_moments_it_leaves_the_old_or_the_new(processes, text_adapter, tmp_path, seed):
+def test_killed_at_ten_random_moments_it_leaves_the_old_or_the_new(
+    processes, text_adapter, short_probe, tmp_path, seed
+):
     adapter, output = text_adapter, tmp_path / "out"
     run_well(adapter, output)
     new = {p.name: p.read_bytes() for p in output.iterdir()}
 
     def start():
-        process = processes.Process(target=merge_in_a_process, args=(adapter, output))
+        process = processes.Process(target=merge_in_a_process, args=(adapter, output, short_probe))
         process.start()
         return process
 

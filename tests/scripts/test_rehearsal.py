@@ -94,10 +94,10 @@ def test_it_takes_six_gigabytes_at_most_and_the_loss_falls(rehearsed):
 def test_the_tuned_model_is_good_on_the_base_it_was_trained_on(rehearsed, monkeypatch):
     """As `compare.py --bits 4` judges it, which rehearse.sh does not need: it merges what is good in bf16."""
     monkeypatch.chdir(rehearsed[0])
-    questions = load_questions("heldout.json")
+    probes, held_out = load_questions(PROBES), load_questions("heldout.json")
     model, tokenizer, _ = generation.load_tuned("qlora_output", 4, quantization_config)
-    answers = generation.answer_all(model, tokenizer, questions.conversations)
-    judgment = judging.judge_all(questions, {"tuned": answers}, seen=[False] * len(answers))
+    answers = generation.answer_all(model, tokenizer, probes.conversations + held_out.conversations)
+    judgment = judging.judge_all(probes, held_out, {"tuned": answers}, seen=[False] * len(answers))
     assert judgment["passed"] == 6
     tuned = judgment["rows"]["tuned"]
     assert (tuned["needed"], tuned["general"]) == (20, 20)
@@ -139,13 +139,14 @@ def merged(rehearsed):
 
 
 def test_the_merged_folder_loads_bare_without_a_warning_and_answers(merged):
+    probes = load_questions(ROOT / PROBES)
     script = f"""
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{merged}")
 model = AutoModelForCausalLM.from_pretrained("{merged}", dtype="float32")
-for prompt in {[prompt for prompt, _ in PROBES]}:
+for messages in {probes.conversations}:
     ids = tokenizer.apply_chat_template(
-        [{{"role": "user", "content": prompt}}], add_generation_prompt=True, return_tensors="pt"
+        messages, add_generation_prompt=True, return_tensors="pt"
     )
     answer = model.generate(**ids, do_sample=False, max_new_tokens=80)[0, ids["input_ids"].shape[1] :]
     print(repr(tokenizer.decode(answer, skip_special_tokens=True)))
@@ -153,8 +154,8 @@ for prompt in {[prompt for prompt, _ in PROBES]}:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert not [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
-    for line, (_, needs_call) in zip(result.stdout.splitlines(), PROBES, strict=True):
-        assert tool_call.looks_like_call(line) == needs_call
+    for line, expected in zip(result.stdout.splitlines(), probes.expected, strict=True):
+        assert tool_call.looks_like_call(line) == (expected is not None)
     card = (merged / "README.md").read_text(encoding="utf-8")
     assert "probes passed, base unquantized: 6 of 6" in card
     assert "base_model: google/gemma-3-270m\n" in card

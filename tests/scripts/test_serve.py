@@ -41,10 +41,11 @@ def test_flags_and_their_defaults(capsys):
         "bits": None,
         "host": "127.0.0.1",
         "port": 8000,
+        "probes": "probes.json",
     }
     assert vars(arguments()) == plain
-    given = ["--adapter", "a", "--base", "b", "--bits", "8", "--host", "::1", "--port", "0"]
-    changed = {"adapter": "a", "base": "b", "bits": 8, "host": "::1", "port": 0}
+    given = ["--adapter", "a", "--base", "b", "--bits", "8", "--host", "::1", "--port", "0", "--probes", "p"]
+    changed = {"adapter": "a", "base": "b", "bits": 8, "host": "::1", "port": 0, "probes": "p"}
     assert vars(arguments(*given)) == {**plain, **changed}
     assert arguments("--model", "m").model == "m"
     two_models = [["--adapter", "a", "--model", "b"], ["--base", "b"]]

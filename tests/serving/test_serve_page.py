@@ -8,9 +8,10 @@ import pytest
 
 from tests.support.browser_pages import contrast
 from tests.support.echo_server import CALL, ORDER, eventually, serving
+from tests.support.rows import PROBES
 from tuner.data.tool_call import format_call
 from tuner.inference import judging
-from tuner.inference.probes import PROBES
+from tuner.inference.probes import load_questions
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def two(echo):
     echo[0].disable_adapter = contextlib.nullcontext
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judging, "MAX_NEW_TOKENS", 200)
-        with serving(echo, names=("tuned", "base")) as server:
+        with serving(echo, names=("tuned", "base"), probes=load_questions("probes.json")) as server:
             yield server
 
 

@@ -47,9 +47,9 @@ def echo(folder):
 
 
 @contextlib.contextmanager
-def serving(served, key="", names=("tuned",)):
+def serving(served, key="", names=("tuned",), probes=None):
     """Give a server's url, and its generations: those that are asked for and not finished."""
-    service = http_server.ChatService(*served, list(names), key)
+    service = http_server.ChatService(*served, list(names), key, probes)
     with listening.listen("127.0.0.1", 0, key) as listener:
         server = http_server.Server(service)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -1,10 +1,25 @@
 """Rows to write tests with: of text, and legal ones in all the forms that a file may have."""
 
 import json
+import shutil
 from itertools import groupby
+from pathlib import Path
 from xml.sax.saxutils import escape
 
+ROOT = Path(__file__).resolve().parents[2]
 CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
+# The shipped probes: what each asks, and whether it needs the call.
+PROBES = [
+    (messages[0]["content"], messages[1]["content"] == CALL)
+    for line in (ROOT / "probes.json").read_text(encoding="utf-8").splitlines()
+    for messages in [json.loads(line)["messages"]]
+]
+
+
+def copy_questions(folder):
+    """Copy the shipped probes and held-out rows into a folder."""
+    for name in ("probes.json", "heldout.json"):
+        shutil.copy(ROOT / name, folder)
 
 
 def row(*texts):

@@ -20,7 +20,7 @@ from benchmarks import random_gemma_4b
 from tests.support.tiny_models import tiny_tokenizer, write_tiny_adapter, write_tiny_model
 from train_qlora import quantization_config
 from tuner.inference import generation, probe_answers
-from tuner.inference.probes import PROBES
+from tuner.inference.probes import PROBES, load_questions
 from tuner.training import adapter_folder, cuda_graphs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,6 +233,7 @@ def trained_within(folder, bits, gib, *more):
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_compare_answers_from_the_gpu(folder, adapter, bits):
     command = [sys.executable, ROOT / "compare.py", "--adapter", adapter, "--data", ROOT / "heldout.json"]
+    command += ["--probes", ROOT / PROBES]
     result = subprocess.run(
         [*command, *(["--bits", str(bits)] if bits else [])], cwd=folder, capture_output=True, text=True
     )
@@ -248,7 +249,7 @@ def test_compare_answers_from_the_gpu(folder, adapter, bits):
 def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monkeypatch, bits):
     adapter = write_tiny_adapter(tmp_path / "adapter", write_tiny_model(tmp_path / "base"))
     model, tokenizer, _ = generation.load_tuned(adapter, bits, quantization_config)
-    asked = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
+    asked = load_questions(ROOT / PROBES).conversations
 
     def answers():
         tuned = generation.answer_all(model, tokenizer, asked)

@@ -9,19 +9,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merge
+from tests.support.rows import row
 from tests.support.scripts import run_main
 from tests.support.tiny_models import write_tiny_adapter, write_tiny_model
 from tests.support.training import run_training
-from tuner.inference import generation, probe_answers
-from tuner.inference.probes import PROBES
+from tuner.inference import generation
 from tuner.model import gemma_folder
 from tuner.system.errors import UserError
 from tuner.training import merge_proof, merging
 
 
 @pytest.fixture(autouse=True)
-def one_probe(monkeypatch):
-    monkeypatch.setattr(probe_answers, "PROBES", PROBES[:1])
+def one_probe(monkeypatch, tmp_path_factory):
+    probe = tmp_path_factory.mktemp("probes") / "one.json"
+    probe.write_text(json.dumps(row("Привет!", "Да.")))
+    monkeypatch.setattr(merge, "PROBES", str(probe))
     monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 4)
 
 

@@ -36,20 +36,24 @@ def validate_and_render(messages, names=None):
     return chat_text.render_messages(messages)
 
 
-def load(path):
+def load(path, flag="--data", more_faults=None):
     """Return the Rows of a file: JSON lines or one JSON array, UTF-8 with or without BOM; it is read once.
 
-    Raise UserError that lists every row in error; no row is skipped or repaired silently.
+    flag: the flag that names the file. more_faults: a function of a row that returns what else is wrong with
+    it. Raise UserError that lists every row in error; no row is skipped or repaired silently.
     """
-    data = json_lines.read_bytes(path)
+    data = json_lines.read_bytes(path, flag)
     rows, lines, errors, ignored = [], [], [], {}
     for line, value, fault in json_lines.parse_values(data, path):
         if isinstance(value, dict) and "messages" in value:
             value = openai_shape.simplify_row(value, ignored)
         faults = [fault] if fault else list(row_faults.faults_of_row(value))
+        row = None if faults else _render(value)
+        if row and more_faults:
+            faults = more_faults(row)
         errors += [(line, text) for text in faults]
         if not faults:
-            rows.append(_render(value))
+            rows.append(row)
             lines.append(line)
     if errors:
         raise rows_error(path, errors)

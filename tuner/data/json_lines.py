@@ -9,12 +9,12 @@ from tuner.system.console import printable
 from tuner.system.errors import UserError, rows_error
 
 
-def read_bytes(path):
-    """Return the bytes of a file of rows; raise UserError if it cannot be read."""
+def read_bytes(path, flag="--data"):
+    """Return the bytes of a file of rows, which `flag` names; raise UserError if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{printable(str(path), 4096)}: no such file; name it with --data") from None
+        raise UserError(f"{printable(str(path), 4096)}: no such file; name it with {flag}") from None
     except IsADirectoryError:
         raise UserError(f"{printable(str(path), 4096)}: {file_kinds.describe_folder(path)}") from None
     except OSError as error:

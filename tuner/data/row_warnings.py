@@ -45,7 +45,7 @@ def prompt_of(row):
 def warnings(rows, probes=(), held_out=()):
     """Return [RowWarning, …], by line, for rows that are legal but likely wrong.
 
-    rows, held_out: [(line, row), …]; probes: prompts. Neither probes nor held_out should be trained on.
+    rows: [(line, row), …]; probes, held_out: [(line, conversation), …] that should not be trained on.
     """
     unsorted = [
         *warn_of_leaks(rows, probes, held_out),
@@ -60,10 +60,10 @@ def warnings(rows, probes=(), held_out=()):
 def warn_of_leaks(rows, probes, held_out):
     """Yield warnings of prompts, before whichever answer of a row, by which the tuned model is judged."""
     judges = {}
-    for prompt in probes:
-        judges[chat_text.fingerprint([{"role": "user", "content": prompt}])] = "a probe of compare.py"
-    for line, row in held_out:
-        judges.setdefault(chat_text.fingerprint(row["messages"][:-1]), f"line {line} of the held-out rows")
+    for _, messages in probes:
+        judges[chat_text.fingerprint(messages)] = "a probe of compare.py"
+    for line, messages in held_out:
+        judges.setdefault(chat_text.fingerprint(messages), f"line {line} of the held-out rows")
     for line, row in rows:
         found = {}  # judge → turn
         for turn, fingerprint in chat_text.trained_prompts(row["messages"]):

@@ -67,8 +67,8 @@ def check_address(text):
 def ask(url, model, conversations, sources, tools):
     """Ask a model (None: the first that the endpoint lists) conversations, greedily; return Replies.
 
-    The functions that `tools` names are declared with each question; where the endpoint takes none, all are
-    asked without. sources say where a conversation stands. Raise UserError if there is no answer.
+    tools, as OpenAI's list, are declared with each question; where the endpoint takes none, all are asked
+    without. sources say where a conversation stands. Raise UserError if there is no answer.
     """
     return asyncio.run(_ask(url, model, conversations, sources, tools))
 
@@ -83,11 +83,9 @@ async def _ask(url, model, conversations, sources, tools):
             model, listed = models[0], len(models)
         model = _encodable(model)
         settings = {"model": model, "temperature": 0, "max_tokens": MAX_NEW_TOKENS}
-        parameters = {"type": "object", "properties": {}}
-        functions = [{"name": name, "parameters": parameters} for name in tools]
         # With no parser for calls, vLLM refuses questions that declare a tool, and so does llama.cpp without
         # --jinja; the first question, asked alone, finds that out.
-        declared = {"tools": [{"type": "function", "function": function} for function in functions]}
+        declared = {"tools": tools}
         tools_refused = None
         semaphore = asyncio.Semaphore(CONCURRENT_REQUESTS)
         bar = tqdm(total=len(conversations), desc="answering", unit="row", leave=False, disable=None)

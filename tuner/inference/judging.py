@@ -5,10 +5,9 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from tuner.data import tool_call
-from tuner.inference.probes import PROBES, read_calls
+from tuner.inference.probes import MAX_NEW_TOKENS, read_calls
 from tuner.system.console import printable
 
-MAX_NEW_TOKENS = 80  # of an answer that is judged; one that needs more is truncated
 Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
 
@@ -67,25 +66,27 @@ def difference(calls, words, expected):
     return None
 
 
-def judge_all(questions, answers, seen):
+def judge_all(asked, held_out, answers, seen):
     """Return the judgment of all answers as compare.json holds it.
 
-    answers: {"base": [Answer, …], "tuned": …}, one for each question; the last model passes or fails.
+    asked, held_out: the Questions of the probes and of the held-out rows. answers: {"base": [Answer, …],
+    "tuned": …}, one for each question, the probes' first; the last model passes or fails.
     seen: whether the model was trained on each question; such rows are left out of the rates.
     """
     judged = list(answers)[-1]
+    expected = asked.expected + held_out.expected
     verdicts = {
-        name: [judge(answer, need) for answer, need in zip(model_answers, questions.expected, strict=True)]
+        name: [judge(answer, need) for answer, need in zip(model_answers, expected, strict=True)]
         for name, model_answers in answers.items()
     }
     probes = []
-    for i, (prompt, needs_call) in enumerate(PROBES):
+    for i, conversation in enumerate(asked.conversations):
         kind, reason = verdicts[judged][i]
         call = tool_call.parse(answers[judged][i].text)[0]
         probes.append(
             {
-                "prompt": prompt,
-                "expected": "a call" if needs_call else "text",
+                "prompt": next(m["content"] for m in reversed(conversation) if m["role"] == "user"),
+                "expected": "a call" if expected[i] else "text",
                 **{name: model_answers[i].text for name, model_answers in answers.items()},
                 "pass": kind == "right",
                 "reason": reason,
@@ -93,17 +94,17 @@ def judge_all(questions, answers, seen):
                 "seen": seen[i],
             }
         )
-    rows = range(len(PROBES), len(questions.expected))
+    rows = range(len(probes), len(expected))
     unseen = [i for i in rows if not seen[i]]
-    needed = [questions.expected[i] is not None for i in unseen]
+    needed = [expected[i] is not None for i in unseen]
     failing = []
     for i in unseen:
         kind, reason = verdicts[judged][i]
         if kind != "right":
-            line = questions.lines[i - len(PROBES)]
+            line = held_out.lines[i - len(probes)]
             failing.append({"line": line, "kind": kind, "reason": reason, judged: answers[judged][i].text})
     return {
-        "data": questions.data,
+        "data": held_out.path,
         "probes": probes,
         "rows": {
             **{name: rates([verdicts[name][i][0] for i in unseen], needed) for name in answers},

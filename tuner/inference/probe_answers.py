@@ -6,7 +6,6 @@ import torch
 
 from tuner.inference import generation
 from tuner.inference.judging import Answer
-from tuner.inference.probes import PROBES
 from tuner.system import devices
 from tuner.system.console import printable
 from tuner.system.errors import UserError
@@ -19,9 +18,8 @@ class ProbeAnswer(NamedTuple):
     top_two: list  # for each token, the end token too: its two largest logits, [(id, logit), (id, logit)]
 
 
-def answer_probes(model, tokenizer):
-    """Return the ProbeAnswers of a model, one for each probe."""
-    conversations = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
+def answer_probes(model, tokenizer, conversations):
+    """Return the ProbeAnswers of a model, one for each conversation."""
     answers = generation.answer_all(model, tokenizer, conversations)
     return [
         ProbeAnswer(answer, top_two_logits(model, tokenizer, conversation, answer))

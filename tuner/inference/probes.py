@@ -1,21 +1,17 @@
-"""What a model is asked: the six probes and the held-out rows, with the answer that each must get."""
+"""What a model is asked, the probes and the held-out rows, and the answer that each must get.
+
+Both are files of rows, as those that are trained on: the turns before a row's last answer are asked, and that
+answer says what is due.
+"""
 
 from typing import NamedTuple
 
 from tuner.data import chat_rows, tool_call
-from tuner.system.console import one_line
-from tuner.system.errors import rows_error
+from tuner.system.errors import UserError, join_errors
 
-HELD_OUT = "heldout.json"
-# Four that need the call and two that do not; none of them stands in examples.json or heldout.json.
-PROBES = [
-    ("Какой у меня остаток на счёте?", True),
-    ("Покажи мои последние покупки", True),
-    ("Мой договор ещё действует?", True),
-    ("Сколько я задолжал за квартиру?", True),
-    ("Что такое кредитный лимит?", False),
-    ("Добрый день, как настроение?", False),
-]
+HELD_OUT = "heldout.json"  # the default paths, relative to the working folder
+PROBES = "probes.json"
+MAX_NEW_TOKENS = 80  # of an answer that is judged, if its row's own answer needs no more
 
 
 class Expected(NamedTuple):
@@ -25,59 +21,71 @@ class Expected(NamedTuple):
     words: bool = False  # whether there may be words beside the calls, as in the row itself
 
 
-CALL = Expected([tool_call.Call("get_sensitive_data", {}, ())])
-
-
 class Questions(NamedTuple):
-    """The probes, then the rows of a file: lists of one length, but for `lines`, which has the rows alone."""
+    """What the rows of one file ask: lists of one length, but for `tools`."""
 
-    data: str  # the path of the rows
-    lines: list  # of that file, one for each row
-    conversations: list  # each a list of messages that ends where the assistant is to answer
+    path: str
+    lines: list  # of that file, on which each row begins
+    conversations: list  # each a list of rendered messages that ends where the assistant is to answer
     expected: list  # an Expected, or None for plain text
+    answers: list  # the text of each row's own last answer
+    tools: list  # entries of OpenAI's "tools", one for each name that is declared or called
 
     @property
-    def sources(self):
-        """Say where each question stands, for messages about it."""
-        rows = [f"{one_line(str(self.data))}:{line}" for line in self.lines]
-        return [f"probe {number}" for number in range(1, len(PROBES) + 1)] + rows
+    def max_new_tokens(self):
+        """Return how long each answer may be: MAX_NEW_TOKENS, or more where the row's own may be longer.
 
-    @property
-    def tools(self):
-        """Return the names of the functions that are called in the conversations or expected to be."""
-        texts = [m["content"] for c in self.conversations for m in c if m["role"] == "assistant"]
-        calls = [call for expected in self.expected if expected for call in expected.calls]
-        calls += [part for text in texts for part in tool_call.split_text(text)[0]]
-        return list(dict.fromkeys(call.name for call in calls if isinstance(call, tool_call.Call)))
+        How many tokens that has is estimated from its characters, which is too many and the same for every
+        tokenizer: a call may have one for each, words have one for two at most.
+        """
+        pairs = zip(self.answers, self.expected, strict=True)
+        return [max(MAX_NEW_TOKENS, len(text) // (1 if expected else 2)) for text, expected in pairs]
 
 
-def load_questions(data):
-    """Return the Questions of the probes and of the rows in the file `data`; UserError if a row is wrong."""
-    rows = chat_rows.read_rows(data)
+def load_questions(path, flag="--data"):
+    """Return the Questions of the file `path`, which `flag` names.
+
+    Raise UserError that lists every row that is wrong, or whose answer holds a malformed call.
+    """
+    rows = chat_rows.load(path, flag, answer_faults)
+    conversations = [row["messages"] for row in rows]
+    answers = [messages[-1]["content"].strip() for messages in conversations]
     return Questions(
-        data,
-        lines=[line for line, _ in rows],
-        conversations=[[{"role": "user", "content": prompt}] for prompt, _ in PROBES]
-        + [row["messages"][:-1] for _, row in rows],
-        expected=[CALL if needs_call else None for _, needs_call in PROBES] + expected_answers(data, rows),
+        path=str(path),
+        lines=rows.lines,
+        conversations=[messages[:-1] for messages in conversations],
+        expected=list(map(expected_answer, answers)),
+        answers=answers,
+        tools=tools_of(rows),
     )
 
 
-def expected_answers(path, rows):
-    """Return what the last answer of each row, [(line, row), …], is: an Expected, or None for plain text.
-
-    Raise UserError that lists every row whose answer holds a malformed call.
-    """
-    expected, faults = [], []
-    for line, row in rows:
+def load_all(*pairs):
+    """Return the Questions of several files, given as (path, flag); raise one UserError for all faults."""
+    files, errors = [], []
+    for path, flag in pairs:
         try:
-            calls, words = read_calls(row["messages"][-1]["content"].strip())
-            expected.append(Expected(calls, words) if calls else None)
-        except ValueError as error:
-            faults.append((line, f"malformed call ({error}); fix it"))
-    if faults:
-        raise rows_error(path, faults)
-    return expected
+            files.append(load_questions(path, flag))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise join_errors(errors)
+    return files
+
+
+def answer_faults(row):
+    """Return what keeps a row's last answer from being judged by, as a list of texts."""
+    try:
+        expected_answer(row["messages"][-1]["content"].strip())
+    except ValueError as error:
+        return [f"malformed call ({error}); fix it"]
+    return []
+
+
+def expected_answer(text):
+    """Return what a row's answer says is due, an Expected or None for text; raise as read_calls does."""
+    calls, words = read_calls(text)
+    return Expected(calls, words) if calls else None
 
 
 def read_calls(text):
@@ -95,3 +103,36 @@ def read_calls(text):
         if calls and tool_call.looks_like_call(part):
             raise ValueError("a broken tag beside the call")
     return calls, text != text.strip() or any(part.strip() for part in others)
+
+
+def tools_of(rows):
+    """Return the entries of OpenAI's "tools" for rows: as declared first, then those only called."""
+    tools = {}
+    for row in rows:
+        for tool in row.get("tools") or []:
+            function = {key: value for key, value in tool["function"].items() if value is not None}
+            tools.setdefault(function["name"], _tool(**function))
+    texts = (m["content"] for row in rows for m in row["messages"] if m["role"] == "assistant")
+    for text in texts:
+        for part in tool_call.split_text(text)[0]:
+            if isinstance(part, tool_call.Call):
+                tools.setdefault(part.name, _tool(name=part.name))
+    return list(tools.values())
+
+
+def merge_tools(*files):
+    """Return the tools of several Questions, each name once: as it is declared, if it is anywhere."""
+    tools = {}
+    for tool in sorted((t for questions in files for t in questions.tools), key=_is_bare):
+        tools.setdefault(tool["function"]["name"], tool)
+    return list(tools.values())
+
+
+def _tool(**function):
+    """Return an entry of OpenAI's "tools"; some servers want "parameters" where there are none."""
+    empty = {"type": "object", "properties": {}}
+    return {"type": "function", "function": {"name": function["name"], "parameters": empty, **function}}
+
+
+def _is_bare(tool):
+    return tool == _tool(name=tool["function"]["name"])

@@ -1,6 +1,5 @@
 """Print judged answers: the probes one by one, a table of rates, the rows that failed."""
 
-from tuner.inference.probes import PROBES
 from tuner.system import console
 
 COUNTS = {
@@ -75,5 +74,6 @@ def print_table(title, columns):
 
 def print_verdict(name, judgment):
     """Print how many probes `name` passes; return the exit code: 0 if all, else 1."""
-    print(f"verdict    {name} passes {judgment['passed']} of {len(PROBES)} probes")
-    return int(judgment["passed"] < len(PROBES))
+    probes = len(judgment["probes"])
+    print(f"verdict    {name} passes {judgment['passed']} of {probes} probe{'s' * (probes != 1)}")
+    return int(judgment["passed"] < probes)

@@ -95,10 +95,10 @@ class ChatService:
     """Answer chat completions with one model, one at a time: the same whoever else asks, unlike in a batch.
 
     names: of the models that it is; the second is the base, the model with its adapter off.
-    key: what clients have to send, "" for nothing.
+    key: what clients have to send, "" for nothing. probes: the Questions on the page, None for none.
     """
 
-    def __init__(self, model, tokenizer, names, key):
+    def __init__(self, model, tokenizer, names, key, probes=None):
         self.model, self.tokenizer, self.names, self.key = model, tokenizer, names, key
         self.context = min(CONTEXT, model.config.get_text_config().max_position_embeddings)
         # Of 500 KB each may take a second, in which the event loop answers others.
@@ -106,7 +106,7 @@ class ChatService:
         self.worker = ThreadPoolExecutor(1)
         self.generations = {}  # those asked for and not yet finished, by the task that watches the client
         self.stopping = False
-        self.page, self.page_policy = read_page()
+        self.page, self.page_policy = read_page(probes)
 
     def make_app(self):
         """Return the FastAPI application, without docs: their pages load scripts of another site."""

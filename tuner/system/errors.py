@@ -24,3 +24,11 @@ def rows_error(path, faults):
     if len(faults) > FAULTS_SHOWN:
         shown.append(f"… and {len(faults) - FAULTS_SHOWN} more")
     return UserError("\n".join(shown), faults=faults)
+
+
+def join_errors(errors):
+    """Return one UserError for several, each in lines of its own."""
+    if len(errors) == 1:
+        return errors[0]
+    faults = [fault for error in errors for fault in error.faults or [(None, str(error))]]
+    return UserError("\n".join(dict.fromkeys(map(str, errors))), faults=faults)
