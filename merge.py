@@ -139,7 +139,7 @@ def merge(args, output, run, comparison, probes):
         with atomic.workspace(target, REPLACED) as work:
             part = work / atomic.NEW
             model, tokenizer = merging.load_with_adapter(folder, adapter, device, dtype)
-            before = probe_answers.answer_probes(model, tokenizer, probes.conversations)
+            before = probe_answers.answer_probes(model, tokenizer, probes)
             merging.save_merged(model, part)
             del model
             copy_files(folder, part)
@@ -154,7 +154,7 @@ def merge(args, output, run, comparison, probes):
             merged = loading.load_base(str(part), None, device, dtype).eval()
             read_back = "read back from disk: no key missing, unexpected or of another shape"
             print(f"           {read_back}", flush=True)
-            after = probe_answers.answer_probes(merged, tokenizer, probes.conversations)
+            after = probe_answers.answer_probes(merged, tokenizer, probes)
             same = probe_answers.compare_answers(tokenizer, before, after)
             print(f"           {same} of {len(after)} probes answered with the same tokens as base + adapter")
             atomic.move_into_place(part, target, "config.json", work / atomic.EARLIER)

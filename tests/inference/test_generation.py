@@ -40,6 +40,33 @@ def test_a_batch_answers_as_one_at_a_time_and_stops_on_every_end_token(adapter, 
     assert stopped.text == tokenizer.decode(stopped.ids)
 
 
+@pytest.mark.parametrize("fast_device", ["cuda", "cpu"])
+def test_each_answer_is_cut_at_its_own_limit_and_nobody_waits_for_more(adapter, monkeypatch, fast_device):
+    monkeypatch.setattr(generation, "FAST_DEVICE", fast_device)
+    model, tokenizer, _ = generation.load_tuned(adapter, None, quantization_config)
+    questions = conversations("Привет", "Какой у меня остаток на счёте?", "a", "c" * 50)
+    whole = generation.answer_all(model, tokenizer, questions)
+    assert len({tuple(answer.ids) for answer in whole}) == 4
+    steps, limits = [], [5, 30, 1, 11]
+    monkeypatch.setattr(generation.tqdm, "update", lambda _, number=1: steps.append(number))
+    cut = generation.answer_all(model, tokenizer, questions, limits=limits)
+    assert [answer.ids for answer in cut] == [
+        answer.ids[:limit] for answer, limit in zip(whole, limits, strict=True)
+    ]
+    assert [answer.text for answer in cut] == [tokenizer.decode(answer.ids) for answer in cut]
+    assert not any(answer.ended for answer in cut)
+    # An end that comes only with the batch is no end within an answer's own limit.
+    model.generation_config.eos_token_id = [1, whole[0].ids[5]]
+    position = whole[0].ids.index(whole[0].ids[5])
+    for limit, ended in ((position, False), (position + 1, True)):
+        first, _ = generation.answer_all(model, tokenizer, questions[:2], limits=[limit, 30])
+        assert (first.ids, first.ended) == (whole[0].ids[:position], ended)
+    # The first has ended and the second is at its limit: nobody waits for the first one's.
+    steps.clear()
+    generation.answer_all(model, tokenizer, questions[:2], limits=[60, 20])
+    assert len(steps[:-1]) in (20, 21)
+
+
 def test_the_base_is_the_model_with_the_adapter_off(adapter, tiny_text_model):
     model, tokenizer, _ = generation.load_tuned(adapter, None, quantization_config)
     questions = conversations("Привет")
@@ -94,12 +121,13 @@ def test_what_decodes_on_a_gpu_answers_as_transformers_does(adapter, monkeypatch
 def test_batches_hold_every_prompt_once_within_their_tokens(monkeypatch):
     monkeypatch.setattr(generation, "TOKENS_PER_BATCH", 3 * (20 + MAX_NEW_TOKENS))
     prompts = [[0] * length for length in (5, 20, 7, 19, 3, 500, 20)]
-    batches = generation.split_batches(prompts)
-    assert sorted(i for batch in batches for i in batch) == list(range(7))
-    for batch in batches:
-        longest = max(len(prompts[i]) for i in batch)
-        assert len(batch) == 1 or len(batch) * (longest + MAX_NEW_TOKENS) <= generation.TOKENS_PER_BATCH
-    assert len(batches) == 3
+    for limits in ([MAX_NEW_TOKENS] * 7, [MAX_NEW_TOKENS, 9, 40, 500, 41, 3, 5]):
+        batches = generation.split_batches(prompts, limits)
+        assert sorted(i for batch in batches for i in batch) == list(range(7))
+        for batch in batches:
+            longest = max(len(prompts[i]) for i in batch) + max(limits[i] for i in batch)
+            assert len(batch) == 1 or len(batch) * longest <= generation.TOKENS_PER_BATCH
+        assert len(batches) == (3 if limits[0] == limits[1] else 4)
 
 
 def test_an_unquantized_model_that_does_not_fit_the_gpu_names_the_bits(adapter, monkeypatch):

@@ -26,7 +26,7 @@ from tests.support.processes import disk_for, other_writer
 from tests.support.rows import PROBES, ROOT, row
 from tests.support.scripts import run_main
 from tests.support.tiny_models import tiny_tokenizer, write_tiny_adapter
-from tuner.inference import generation, probe_answers
+from tuner.inference import generation, probe_answers, probes
 from tuner.inference.judging import Answer
 from tuner.inference.probe_answers import ProbeAnswer
 from tuner.model import folders, loading
@@ -81,7 +81,7 @@ def short_probe(tmp_path_factory):
 def one_probe(monkeypatch, short_probe):
     """Ask one probe for a short answer, where it is not the answers that are tested."""
     monkeypatch.setattr(merge, "PROBES", short_probe)
-    monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(probes, "MAX_NEW_TOKENS", 8)
 
 
 def run(adapter, output, *flags):
@@ -442,7 +442,7 @@ def test_a_missing_base_is_named_with_the_adapter_that_needs_it(text_adapter, tm
 def merge_in_a_process(adapter, output, probe):
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    generation.MAX_NEW_TOKENS = 8
+    probes.MAX_NEW_TOKENS = 8
     flags = ["--adapter", str(adapter), "--output", str(output), "--probes", probe, "--overwrite"]
     sys.argv = ["merge.py", *flags]
     merge.main()

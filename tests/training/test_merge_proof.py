@@ -13,7 +13,7 @@ from tests.support.rows import row
 from tests.support.scripts import run_main
 from tests.support.tiny_models import write_tiny_adapter, write_tiny_model
 from tests.support.training import run_training
-from tuner.inference import generation
+from tuner.inference import probes
 from tuner.model import gemma_folder
 from tuner.system.errors import UserError
 from tuner.training import merge_proof, merging
@@ -24,7 +24,7 @@ def one_probe(monkeypatch, tmp_path_factory):
     probe = tmp_path_factory.mktemp("probes") / "one.json"
     probe.write_text(json.dumps(row("Привет!", "Да.")))
     monkeypatch.setattr(merge, "PROBES", str(probe))
-    monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(probes, "MAX_NEW_TOKENS", 4)
 
 
 @pytest.fixture(scope="module")

@@ -26,20 +26,20 @@ def multiply_without_sync(decoder):
             layer.forward = partial(multiply, quantized.Int8Linear(layer).forward)
 
 
-def decode(model, inputs, max_new_tokens, ends, on_step):
-    """Continue prompts greedily; return the new tokens of each, at most max_new_tokens, in equal numbers.
+def decode(model, inputs, limits, ends, on_step):
+    """Continue prompts greedily; return the new tokens of each, in equal numbers.
 
     inputs: input_ids and attention_mask, each (rows, tokens), padded on the left. Decoding goes on until each
-    row has had one of the tokens `ends`; what a row has after its own means nothing. on_step() is called at
-    every step.
+    row has had one of the tokens `ends`, or as many as its own of the `limits`, one for each row; what a row
+    has after that means nothing. on_step() is called at every step.
     """
-    input_ids = inputs["input_ids"]
+    input_ids, max_new_tokens = inputs["input_ids"], max(limits)
     rows, prompt_length = input_ids.shape
     decoder, head, device = model.get_decoder(), model.get_output_embeddings(), model.device
     cache = Cache(layers=[StaticLayer(prompt_length + max_new_tokens) for _ in decoder.layers])
     cache_positions = torch.arange(prompt_length + max_new_tokens, device=device)
     starts = prompt_length - inputs["attention_mask"].sum(1)  # where a row's padding ends
-    ends = torch.tensor(ends, device=device)
+    ends, limits = torch.tensor(ends, device=device), torch.tensor(limits, device=device)
     # What a step reads and writes, always in the same memory: the last token, its position, whether each row
     # has ended.
     token = torch.zeros_like(input_ids[:, :1])
@@ -58,7 +58,7 @@ def decode(model, inputs, max_new_tokens, ends, on_step):
         token.copy_(head(states[:, -1]).argmax(-1, keepdim=True))
         position.add_(1)
         new_tokens.index_copy_(1, position - prompt_length, token)
-        ended.logical_or_(torch.isin(token[:, 0], ends))
+        ended.logical_or_(torch.isin(token[:, 0], ends) | (position - prompt_length + 1 >= limits))
 
     def next_step():
         step(token, position)

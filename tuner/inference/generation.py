@@ -4,15 +4,15 @@ import torch
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
-from tuner.data import batching
 from tuner.inference import cuda_decoding
-from tuner.inference.judging import MAX_NEW_TOKENS, Answer
+from tuner.inference.judging import Answer
+from tuner.inference.probes import MAX_NEW_TOKENS
 from tuner.model import gemma_folder, gemma_tokenizer, loading
 from tuner.system import devices
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, adapter_weights
 
-TOKENS_PER_BATCH = 8192  # rows × (longest prompt + MAX_NEW_TOKENS) of a batch: 1.1 GB of cache on 4B
+TOKENS_PER_BATCH = 8192  # rows × (longest prompt + longest answer) of a batch: 1.1 GB of cache on 4B
 WEIGHTS_ROOM = 1.2  # of the weights' size: activations and cache of a batch beside them, measured on 4B
 FAST_DEVICE = "cuda"  # the kind of device that decodes by graphs
 
@@ -77,12 +77,13 @@ def pad_left(tokenizer, prompts, device):
 def generate(model, tokenizer, prompts, on_token, **settings):
     """Continue tokenized prompts, greedily unless `settings` differ; return the new tokens of each.
 
-    on_token(the newest token of each) is called at every step, and ends all by returning True.
+    on_token(the newest token of each) is called at every step, and ends all by returning True, or some by
+    returning a list of bools; what is after the end of one means nothing.
     """
 
     def stop(input_ids, scores, **_):
-        stopped = bool(on_token(input_ids[:, -1].tolist()))
-        return torch.full((len(input_ids),), stopped, device=input_ids.device)
+        stopped = torch.tensor(on_token(input_ids[:, -1].tolist()) or False, device=input_ids.device)
+        return stopped.expand(len(input_ids))
 
     inputs = pad_left(tokenizer, prompts, model.device)
     settings = {
@@ -98,38 +99,64 @@ def generate(model, tokenizer, prompts, on_token, **settings):
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def split_batches(prompts):
-    """Return the numbers of tokenized prompts in batches of at most TOKENS_PER_BATCH, longest first."""
+def split_batches(prompts, limits):
+    """Return the numbers of tokenized prompts in batches of at most TOKENS_PER_BATCH, padding included.
 
-    def length(i):
-        return len(prompts[i]) + MAX_NEW_TOKENS
+    limits: the most tokens of each answer. Those with long answers are in one batch as far as they fit, for a
+    batch takes as many steps as its longest.
+    """
+    batches = []
+    for i in sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i])), reverse=True):
+        batch = [*batches[-1], i] if batches else []
+        longest = max((len(prompts[j]) for j in batch), default=0)
+        if batch and len(batch) * (longest + limits[batch[0]]) <= TOKENS_PER_BATCH:
+            batches[-1] = batch
+        else:
+            batches.append([i])
+    return batches
 
-    ordered = sorted(range(len(prompts)), key=length, reverse=True)
-    return batching.group_padded(ordered, length, TOKENS_PER_BATCH)
 
+def answer_all(model, tokenizer, conversations, title="answering", limits=None):
+    """Answer conversations, each a list of messages that ends with the user's, greedily; return Answers.
 
-def answer_all(model, tokenizer, conversations, title="answering"):
-    """Answer conversations, each a list of messages that ends with the user's, greedily; return Answers."""
+    limits: the most tokens of each answer, None for MAX_NEW_TOKENS of all. One that has not ended within its
+    own is cut there, however long the others of its batch go on.
+    """
     prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
+    limits = [MAX_NEW_TOKENS] * len(prompts) if limits is None else limits
     ends = end_tokens(model)
     answers = [None] * len(prompts)
-    batches = split_batches(prompts)
-    bar = tqdm(total=MAX_NEW_TOKENS * len(batches), desc=title, unit="token", leave=False, disable=None)
-
-    def advance(*_):
-        bar.update()
-
+    batches = split_batches(prompts, limits)
+    steps = [max(limits[i] for i in batch) for batch in batches]
+    bar = tqdm(total=sum(steps), desc=title, unit="token", leave=False, disable=None)
     with bar:
         for number, batch in enumerate(batches, 1):
-            batch_prompts = [prompts[i] for i in batch]
-            if model.device.type == FAST_DEVICE:
-                inputs = pad_left(tokenizer, batch_prompts, model.device)
-                output = cuda_decoding.decode(model, inputs, MAX_NEW_TOKENS, ends, on_step=advance)
-            else:
-                output = generate(model, tokenizer, batch_prompts, advance, max_new_tokens=MAX_NEW_TOKENS)
-            for i, ids in zip(batch, output, strict=True):
+            pairs = [(prompts[i], limits[i]) for i in batch]
+            outputs = continue_batch(model, tokenizer, pairs, bar)
+            for i, ids in zip(batch, outputs, strict=True):
+                ids = ids[: limits[i]]
                 end = next((position for position, token in enumerate(ids) if token in ends), None)
                 ids = ids[:end]
                 answers[i] = Answer(tokenizer.decode(ids, skip_special_tokens=False), end is not None, ids)
-            bar.update(number * MAX_NEW_TOKENS - bar.n)
+            bar.update(sum(steps[:number]) - bar.n)
     return answers
+
+
+def continue_batch(model, tokenizer, pairs, bar):
+    """Return the new tokens of each tokenized prompt, at least up to its end or limit.
+
+    pairs: [(prompt, limit), …]; bar: tqdm's, moved on at each step.
+    """
+    prompts, limits = zip(*pairs, strict=True)
+    if model.device.type == FAST_DEVICE:
+        inputs = pad_left(tokenizer, list(prompts), model.device)
+        return cuda_decoding.decode(model, inputs, limits, end_tokens(model), on_step=bar.update)
+    steps = 0
+
+    def advance(_):
+        nonlocal steps
+        steps += 1
+        bar.update()
+        return [steps >= limit for limit in limits]
+
+    return generate(model, tokenizer, list(prompts), advance, max_new_tokens=max(limits))

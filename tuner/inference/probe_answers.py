@@ -10,6 +10,7 @@ from tuner.system import devices
 from tuner.system.console import printable
 from tuner.system.errors import UserError
 
+LOGITS_AT_ONCE = 128  # tokens: for each there are 262,144 logits, 134 MB in fp32
 NEAR_TIE = 0.5  # between two logits: a difference that rounding the merged weights to bf16 may reverse
 
 
@@ -18,9 +19,10 @@ class ProbeAnswer(NamedTuple):
     top_two: list  # for each token, the end token too: its two largest logits, [(id, logit), (id, logit)]
 
 
-def answer_probes(model, tokenizer, conversations):
-    """Return the ProbeAnswers of a model, one for each conversation."""
-    answers = generation.answer_all(model, tokenizer, conversations)
+def answer_probes(model, tokenizer, probes):
+    """Return the ProbeAnswers of a model, one for each of the Questions `probes`."""
+    conversations = probes.conversations
+    answers = generation.answer_all(model, tokenizer, conversations, limits=probes.max_new_tokens)
     return [
         ProbeAnswer(answer, top_two_logits(model, tokenizer, conversation, answer))
         for conversation, answer in zip(conversations, answers, strict=True)
@@ -30,11 +32,13 @@ def answer_probes(model, tokenizer, conversations):
 def top_two_logits(model, tokenizer, conversation, answer):
     """Return the two likeliest tokens at each position of an answer, its end too: [[(id, logit), …], …]."""
     ids = generation.prompt_ids(tokenizer, conversation) + answer.ids
+    pairs = []
     with torch.inference_mode(), devices.without_cudnn_attention():
         inputs = torch.tensor([ids], device=model.device)
-        logits = model(input_ids=inputs, logits_to_keep=len(answer.ids) + 1).logits[0].float()
-    best = logits.topk(2)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        states = model.get_decoder()(input_ids=inputs).last_hidden_state[0, -len(answer.ids) - 1 :]
+        for part in states.split(LOGITS_AT_ONCE):
+            best = model.get_output_embeddings()(part).float().topk(2)
+            pairs += zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [list(zip(*pair, strict=True)) for pair in pairs]
 
 
