@@ -13,6 +13,11 @@ from tuner.data import chat_rows, row_faults
 from tuner.system.errors import UserError
 
 
+def declared(default):
+    """Return a tool with a default value in its parameters."""
+    return {"type": "function", "function": {"name": "f", "parameters": {"default": default}}}
+
+
 def lines(rows, separator="\n"):
     return separator.join(json.dumps(row, ensure_ascii=False) for row in rows)
 
@@ -208,6 +213,11 @@ def without(key, value):
         (row(USER, calling(A), tools="[]"), 'calls "get_sensitive_data", which "tools" does not declare'),
         (row(USER, calling(A), tools="[}"), '"tools" is a string; write a list'),
         (row(USER, calling(A), tools=[*TOOLS, {"title": "f"}]), 'tool 2 of "tools" has no function name'),
+        (row(USER, calling(A), tools=[*TOOLS, declared("\ud83d")]), '"tools" contains half a surrogate pair'),
+        (
+            row(USER, calling(A), tools=[*TOOLS, declared(7)]).replace("7", "1e999"),
+            '"tools" has a number that is not finite, or is nested too deeply; correct it',
+        ),
     ],
 )
 def test_an_error_of_a_call_names_line_and_cure(tmp_path, source, says):

@@ -1,27 +1,29 @@
 """The page that the server has, in headless Chromium."""
 
 import contextlib
+import html.parser
+import json
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
 
 from tests.support.browser_pages import contrast
 from tests.support.echo_server import CALL, ORDER, eventually, serving
-from tests.support.rows import PROBES
+from tests.support.rows import PROBES, row
 from tuner.data.tool_call import format_call
-from tuner.inference import judging
 from tuner.inference.probes import load_questions
+from tuner.serving.history import render_history
+from tuner.serving.page import read_page
 
 
 @pytest.fixture(scope="module")
 def two(echo):
-    """A server of the echo as tuned and base, whose page asks for answers of 200 tokens: of letters, here."""
+    """A server of the echo as tuned and base; here a token is a letter."""
     echo[0].disable_adapter = contextlib.nullcontext
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "MAX_NEW_TOKENS", 200)
-        with serving(echo, names=("tuned", "base"), probes=load_questions("probes.json")) as server:
-            yield server
+    with serving(echo, names=("tuned", "base"), probes=load_questions("probes.json")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_enter_asks_both_and_calls_are_shown_as_calls(visit, two):
     page.keyboard.press("Control+a")
     page.locator("#question").fill("я" * 300)
     page.keyboard.press("Enter")
-    assert columns(page, ["200 tokens, cut off"] * 2) == ["я" * 200] * 2
+    assert columns(page, ["256 tokens, cut off"] * 2) == ["я" * 256] * 2
     assert not page.locator("#hint").is_visible()
 
 
@@ -122,6 +124,138 @@ def test_the_six_probes_are_buttons_in_the_order_of_the_tab_key(visit):
     page.keyboard.press("Enter")
     page.locator(".answer", has_text=probes[-1]).nth(1).wait_for()
     assert page.locator("#question").input_value() == probes[-1]
+
+
+class Data(html.parser.HTMLParser):
+    """What stands in a page's data-page, and the names of its elements, as a parser of HTML reads it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.value, self.names = None, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.names.append(tag)
+        self.value = dict(attributes).get("data-page", self.value)
+
+
+def function(name, description):
+    return {"type": "function", "function": {"name": name, "description": description}}
+
+
+HOSTILE = (
+    """</script><script>alert(1)</script> "'><img src=x onerror=alert(1)> &amp; data-page="" \u2028 --> \\"""
+)
+
+
+def write_rows(path, *rows):
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return load_questions(path)
+
+
+def test_what_probes_say_is_data_and_the_script_is_always_the_same(tmp_path):
+    rows = [row(HOSTILE, HOSTILE, f"{HOSTILE} {number}", "Да." * number) for number in (1, 400)]
+    rows[0]["tools"] = [function(HOSTILE, HOSTILE), function("f", "two\nlines")]
+    page, policy = read_page(write_rows(tmp_path / "probes.json", *rows))
+    bare, bare_policy = read_page()
+    data, bare_data = Data(page), Data(bare)
+    assert (policy, data.names) == (bare_policy, bare_data.names)
+    value, bare_value = json.loads(data.value), json.loads(bare_data.value)
+    assert [probe["messages"] for probe in value["probes"]] == [one["messages"][:3] for one in rows]
+    assert [probe["max_tokens"] for probe in value["probes"]] == [256, 600], "half a token a letter"
+    assert [tool["function"]["name"] for tool in value["tools"]] == [HOSTILE, "f"]
+    assert value["tools"][0]["function"]["description"] == HOSTILE
+    assert (bare_value["probes"], len(bare_value["tools"]), bare_value["max_tokens"]) == ([], 1, 256)
+    assert "get_sensitive_data" not in bare
+
+
+def test_conversations_go_through_the_page_and_the_server_as_they_stand_in_the_file():
+    for path in sorted(Path("examples/bank").glob("*.jsonl")):
+        questions = load_questions(path)
+        value = json.loads(Data(read_page(questions)[0]).value)
+        assert value["tools"] == questions.tools
+        rendered = [render_history(probe["messages"]) for probe in value["probes"]]
+        assert rendered == [
+            [{k: v for k, v in m.items() if k != "weight"} for m in c] for c in questions.conversations
+        ]
+    assert any(message["role"] == "tool" for conversation in rendered for message in conversation)
+
+
+def asked_by(page, act):
+    """Return the bodies, by model, of the two requests that something on the page makes."""
+    bodies = []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.post_data else None)
+    act()
+    eventually(lambda: page.evaluate("1") and len(bodies) == 2)
+    page.locator(".answer[aria-busy=false]").nth(1).wait_for()
+    return {body.pop("model"): body for body in bodies}
+
+
+@pytest.mark.browser
+def test_a_probe_is_sent_whole_and_an_edited_question_by_itself(visit, echo, tmp_path):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": {"b": [1]}}'}}
+    asked = [
+        {"role": "user", "content": "Сколько?"},
+        {"role": "assistant", "content": "Смотрю.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "<5> & 7"},
+    ]
+    answer = {"role": "assistant", "content": "Пять."}
+    last = {"role": "user", "content": "А вчера?\n<b>"}
+    probes = write_rows(
+        tmp_path / "probes.json",
+        {"messages": [*asked, answer], "tools": [function("f", "g")]},
+        {"messages": [*asked, answer, last, answer]},
+    )
+    with serving(echo, names=("tuned", "base"), probes=probes) as server:
+        page = visit(server)
+        page.locator("section").nth(1).wait_for()
+        buttons = page.locator("#probes button")
+        assert buttons.all_inner_texts() == ["Сколько?\n3 messages", "А вчера? <b>\n5 messages"]
+        sent = asked_by(page, buttons.first.click)
+        assert sent["tuned"] == sent["base"]
+        assert sent["tuned"]["tools"] == probes.tools
+        assert (sent["tuned"]["max_tokens"], sent["tuned"]["stream"]) == (256, True)
+        assert render_history(sent["tuned"]["messages"]) == probes.conversations[0]
+        assert page.locator("#question").input_value() == "Сколько?"
+        page.locator("summary").click()
+        shown = 'user: Сколько?\nassistant: Смотрю. f({"a": {"b": [1]}})\ntool: <5> & 7'
+        assert page.locator("pre").inner_text() == shown
+        again = asked_by(page, page.get_by_role("button", name="Ask").click)
+        assert again == sent, "what is not edited is asked once more"
+        second = asked_by(page, buttons.nth(1).click)
+        assert render_history(second["base"]["messages"]) == probes.conversations[1]
+        page.locator("#question").press("End")
+        assert page.locator("#sent").is_visible()
+        page.keyboard.type("!")
+        assert not page.locator("#sent").is_visible()
+        edited = asked_by(page, lambda: page.keyboard.press("Enter"))
+        assert edited["tuned"]["messages"] == [{"role": "user", "content": "А вчера? <b>!"}]
+
+
+@pytest.mark.browser
+def test_probes_and_names_of_tools_are_only_text(visit, echo, tmp_path):
+    probes = write_rows(tmp_path / "probes.json", row(HOSTILE, format_call(HOSTILE, {})))
+    with serving(echo, names=("tuned", "base"), probes=probes) as server:
+        page = visit(server)
+        page.locator("section").nth(1).wait_for()
+        assert page.locator("#probes button").all_inner_texts() == [HOSTILE]
+        before = page.locator("*").count()
+        sent = asked_by(page, page.locator("#probes button").click)
+        assert sent["tuned"]["tools"][0]["function"]["name"] == HOSTILE
+        assert page.locator("*").count() == before
+        assert page.locator(".answer").first.inner_text() == HOSTILE
+
+
+@pytest.mark.browser
+def test_without_probes_there_are_no_buttons_and_calls_are_still_shown_as_calls(visit, echo):
+    with serving(echo, names=("tuned", "base")) as server:
+        page = visit(server)
+        page.locator("section").nth(1).wait_for()
+        assert page.locator("button").filter(visible=True).all_inner_texts() == ["Ask"]
+        page.locator("#question").fill(format_call("anything", {"a": 1}))
+        page.keyboard.press("Enter")
+        page.get_by_text("a call").nth(1).wait_for()
+        assert page.locator("code").all_inner_texts() == ['anything({"a": 1})'] * 2
 
 
 @pytest.mark.browser
@@ -217,7 +351,6 @@ def test_the_page_may_run_and_load_nothing_but_its_own(two):
     assert "frame-ancestors 'none'" in policy
     assert "unsafe" not in policy
     assert "://" not in answer.text
-    assert "MAX_NEW_TOKENS" not in answer.text
 
 
 @pytest.mark.browser

@@ -1,9 +1,10 @@
 """Check a row of chat messages: what exactly is wrong, in which message, and how to fix it."""
 
+import json
 import unicodedata
 from collections import Counter
 
-from tuner.data import chat_text, json_lines, openai_shape
+from tuner.data import chat_text, json_lines, openai_shape, tool_call
 from tuner.system.console import printable
 
 SHOWN_IDS = 3  # of calls, in a message about one
@@ -24,6 +25,7 @@ OTHER_PARTS = {  # of a message's content: what to do about each type
     "thinking": openai_shape.MEANING["thinking"],
 }
 CALL_FORM = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
+HALF_PAIR = "half a surrogate pair (\\ud800 to \\udfff); write the character itself"
 TURN = '{"role": …, "content": …}'
 # What other forms of rows begin with, and how each is written here.
 OTHER_FORMS = {
@@ -87,6 +89,14 @@ def declared_names(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f'tool {number} of "tools" has no function name; write {form}')
+    try:
+        text = json.dumps(tools, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ValueError(
+            '"tools" has a number that is not finite, or is nested too deeply; correct it'
+        ) from None
+    if tool_call.SURROGATE.search(text):
+        raise ValueError(f'"tools" contains {HALF_PAIR}')
     return {tool["function"]["name"] for tool in tools}
 
 
@@ -219,7 +229,7 @@ def _message_faults(message, names):
         if token in text and role != "tool":  # in a result it is escaped
             yield f"the content contains the control token {token}; remove it"
     if any(unicodedata.category(c) == "Cs" for c in text + "".join(map(chat_text.call_tag, calls or []))):
-        yield "the content contains half a surrogate pair (\\ud800 to \\udfff); write the character itself"
+        yield f"the content contains {HALF_PAIR}"
 
 
 def _calls_faults(calls, names):
