@@ -213,7 +213,10 @@ def without(key, value):
         (row(USER, calling(A), tools="[]"), 'calls "get_sensitive_data", which "tools" does not declare'),
         (row(USER, calling(A), tools="[}"), '"tools" is a string; write a list'),
         (row(USER, calling(A), tools=[*TOOLS, {"title": "f"}]), 'tool 2 of "tools" has no function name'),
-        (row(USER, calling(A), tools=[*TOOLS, declared("\ud83d")]), '"tools" contains half a surrogate pair'),
+        (
+            row(USER, calling(A), tools=[*TOOLS, declared(8)]).replace("8", '"\\ud83d"'),
+            '"tools" contains half a surrogate pair (\\ud800 to \\udfff); write the character itself',
+        ),
         (
             row(USER, calling(A), tools=[*TOOLS, declared(7)]).replace("7", "1e999"),
             '"tools" has a number that is not finite, or is nested too deeply; correct it',
