@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train_qlora
-from tests.support.training import shipped_rows, turn
+from tests.support.training import recipe, shipped_rows, turn
 from tuner.data import chat_text
 from tuner.data.splitting import split_rows
 
@@ -37,6 +37,61 @@ def test_the_split_keeps_the_proportion(calls, general, held_out):
     _, validation = split_rows(rows, RECIPE)
     kinds = [chat_text.is_call(rows[i]["messages"]) for i in validation]
     assert (kinds.count(True), kinds.count(False)) == held_out
+
+
+def test_the_split_of_rows_of_one_tool_stays_what_it_always_was():
+    """As before there were several tools: the same rows and seed give the same adapter."""
+    assert split_rows(shipped_rows(), RECIPE)[1] == [8, 12, 16, 27, 33, 34, 39]
+    tag = '<tool_call name="f" arguments="{}"/>'
+    forms = [
+        tag,
+        f"{tag}\n{tag}",
+        f"Да.\n{tag}",
+        "<tool_call/>",
+        tag.replace("{}", "{&quot;x&quot;: 1}"),
+        "Нет",
+    ]
+    rows = [
+        {"messages": [turn("user", f"{i}"), turn("assistant", forms[i % len(forms)])]} for i in range(120)
+    ]
+    assert split_rows(rows, RECIPE)[1] == [14, 31, 41, 48, 49, 51, 52, 59, 60, 72, 96, 109]
+
+
+def tool_rows(**counts):
+    """Return rows that call these tools so many times each, "a_b" both of a and b, and as many of text."""
+    rows = [general_row(i) for i in range(sum(counts.values()))]
+    for name, count in counts.items():
+        content = "\n".join(f'<tool_call name="{part}" arguments="{{}}"/>' for part in name.split("_"))
+        rows += [
+            {"messages": [turn("user", f"{name} {i}"), turn("assistant", content)]} for i in range(count)
+        ]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("counts", "held_out"),
+    [
+        ({"a": 50, "b": 50}, {"a": (5,), "b": (5,)}),
+        ({"a": 60, "b": 20, "c": 20}, {"a": (6,), "b": (2,), "c": (2,)}),
+        ({"a": 70, "b": 10, "a_b": 10, "c": 10}, {"a": (7,), "b": (1,), "a_b": (1,), "c": (1,)}),
+        ({"a": 87, "b": 10, "c": 3}, {"a": (9,), "b": (1,), "c": (0,)}),  # a tenth of three is none
+        ({f"t{i}": 1 for i in range(100)}, {f"t{i}": (0, 1) for i in range(100)}),
+    ],
+)
+@pytest.mark.parametrize("seed", [42, 43])
+def test_a_tenth_of_each_tools_rows_is_held_out(counts, held_out, seed):
+    rows = tool_rows(**counts)
+    training, validation = split_rows(rows, recipe(seed=seed))
+    assert len(validation) == len(rows) / 10
+    assert sorted(training + validation) == list(range(len(rows)))
+    asked = [rows[i]["messages"][0]["content"].split()[0] for i in validation]
+    assert asked.count("привет") == len(validation) / 2
+    assert all(asked.count(name) in held_out[name] for name in counts)
+
+
+def test_rows_of_tools_that_are_called_once_each_are_not_taken_from_the_top():
+    _, validation = split_rows(tool_rows(**{f"t{i}": 1 for i in range(100)}), RECIPE)
+    assert max(validation) - 100 > 50
 
 
 def test_equal_rows_stay_on_one_side():

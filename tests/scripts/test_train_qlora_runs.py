@@ -21,6 +21,7 @@ import train_qlora
 from tests.support.scripts import run_main
 from tests.support.training import (
     ROOT,
+    age_checkpoints,
     fake_cuda,
     recipe,
     run_json,
@@ -28,6 +29,7 @@ from tests.support.training import (
     start_training,
     without_dropout,
 )
+from tuner.data.splitting import split_rows
 from tuner.system import devices, hardware
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder
@@ -172,6 +174,61 @@ def test_two_processes_give_the_losses_of_one(arguments, monkeypatch, tmp_path):
     for alone, together in zip(one["evaluations"], two["evaluations"], strict=True):
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
         assert together["right"] == alone["right"]
+        assert {**together, "loss": None} == {**alone, "loss": None}
+
+
+@pytest.fixture(scope="module")
+def bank_run(tiny_text_model, tmp_path_factory):
+    """(folder, arguments, rows, what was printed) of a run on short rows of the example with four tools."""
+    folder = tmp_path_factory.mktemp("bank")
+    lines = sorted((ROOT / "examples/bank/rows.jsonl").read_text().splitlines(), key=len)
+    called = [line for line in lines if '"tool_calls"' in line]
+    general = [line for line in lines if '"tool_calls"' not in line]
+    (folder / "rows.jsonl").write_text("\n".join(called[:24] + general[:24]))
+    arguments = ["--rehearse", "--model", tiny_text_model, "--data", folder / "rows.jsonl", "--epochs", 2]
+    arguments += ["--learning-rate", 1e-2]
+    code, printed, errors = run_training(*arguments, folder=folder)
+    assert code == 0, errors
+    return folder, arguments, train_qlora.load_data(folder / "rows.jsonl"), printed
+
+
+def test_several_tools_with_arguments_are_judged_in_three_steps_and_the_best_epoch_is_kept(bank_run):
+    folder, _, rows, printed = bank_run
+    held_out = split_rows(rows, train_qlora.RECIPE)[1]
+    tags = [re.findall('<tool_call name="([^"]+)', rows[i]["messages"][-1]["content"]) for i in held_out]
+    calls, tools = sum(map(bool, tags)), len({name for names in tags for name in names})
+    assert calls >= 2 <= tools
+    run = run_json(folder / "qlora_output")
+    assert run["validation_calls"] == {"rows": calls, "tools": tools, "arguments": True}
+    counted = re.findall(
+        r"^epoch +(\d)/2  step +(\d+)  training loss \d\.\d+  validation loss (\d\.\d+)  "
+        rf"validation decision (\d)/{len(held_out)}, name (\d)/{calls}, arguments (\d)/{calls}$",
+        printed,
+        re.M,
+    )
+    assert len(counted) == 2
+    for e, numbers in zip(run["evaluations"], counted, strict=True):
+        assert set(e) == {"epoch", "step", "loss", "decided", "named", "right", "general"}
+        assert e["decided"] >= e["named"] >= e["right"] >= e["general"] >= 0
+        shown = (e["epoch"], e["step"], f"{e['loss']:.3f}", e["decided"], e["named"] - e["general"])
+        assert tuple(map(str, (*shown, e["right"] - e["general"]))) == numbers
+    best = max(run["evaluations"], key=lambda e: (e["right"], e["named"], e["decided"], -e["loss"]))
+    assert run["kept_step"] == best["step"]
+    assert (folder / "qlora_output/loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_earlier_versions_checkpoint_of_such_rows_is_refused_in_one_line(bank_run, tmp_path):
+    folder, arguments, _, _ = bank_run
+    shutil.copytree(folder / "qlora_output/checkpoints", tmp_path / "qlora_output/checkpoints")
+    age_checkpoints(tmp_path / "qlora_output")
+    code, _, errors = run_training(*arguments, "--resume", folder=tmp_path)
+    assert code == 1
+    last = errors.splitlines()[-1]
+    assert last.startswith(
+        "the checkpoint of step 6 does not fit (an earlier version wrote it, which counted "
+    )
+    assert "no names); start afresh with --overwrite" in last
+    assert "Traceback" not in errors
 
 
 def test_a_learning_rate_that_explodes_stops_with_the_step_and_writes_nothing(arguments, tmp_path):

@@ -15,7 +15,7 @@ import train_qlora
 from tests.support.scripts import run_main
 from tuner.data import splitting, tokenized
 from tuner.model import loading, lora
-from tuner.training import accumulation, loss_functions, trainer
+from tuner.training import accumulation, checkpoints, loss_functions, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 # What accelerate's PartialState is for one process on a CPU.
@@ -171,6 +171,17 @@ def run_json(folder):
 
 def adapter_bytes(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def age_checkpoints(output):
+    """Make a run's checkpoints those of a version whose evaluations were a loss and the rows right."""
+    for folder in checkpoints.checkpoint_dirs(output):
+        manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
+        for evaluation in manifest["history"]["evaluations"]:
+            for key in ("decided", "named", "general"):
+                del evaluation[key]
+        manifest["seal"] = checkpoints.seal(manifest)
+        (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
 
 
 def names(folder):

@@ -17,6 +17,7 @@ import train_qlora
 from tests.support.scripts import run_main
 from tests.support.training import (
     adapter_bytes,
+    age_checkpoints,
     at_step,
     names,
     recipe,
@@ -113,6 +114,19 @@ def test_an_evaluation_is_broken_off_and_made_up_for(arguments, monkeypatch, tmp
     assert run_training(*arguments, "--output", "other", folder=tmp_path)[0] == 0
     for key in ("losses", "evaluations"):
         assert run_json(tmp_path / "qlora_output")[key] == run_json(tmp_path / "other")[key]
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(arguments, stopped, undisturbed):
+    """Its evaluations say how many rows were right, and nothing of names."""
+    age_checkpoints(stopped / "qlora_output")
+    code, out, errors = resume(arguments, stopped)
+    assert code == 0, errors
+    assert "resumed    after step 5 of 8" in out
+    assert adapter_bytes(stopped / "qlora_output") == adapter_bytes(undisturbed)
+    evaluations = run_json(stopped / "qlora_output")["evaluations"]
+    whole = run_json(undisturbed)["evaluations"]
+    assert ["named" in e for e in evaluations] == [False, False, True, True]
+    assert all(e.items() <= other.items() for e, other in zip(evaluations, whole, strict=True))
 
 
 def test_what_it_began_with_must_be_the_same_and_what_differs_is_named(

@@ -7,7 +7,7 @@ import torch
 
 from tests.support.training import load_with_lora, recipe, train
 from tuner.system.errors import UserError
-from tuner.training import accumulation, evaluation, trainer
+from tuner.training import accumulation, evaluation, progress, trainer
 
 
 def test_the_step_that_decides_most_rows_right_is_kept_then_the_lower_loss(
@@ -19,7 +19,8 @@ def test_the_step_that_decides_most_rows_right_is_kept_then_the_lower_loss(
 
     def evaluate(self, _):
         snapshots.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-        return evaluation.Evaluation(*next(script))
+        loss, right = next(script)
+        return evaluation.Evaluation(loss, decided=right, named=right, right=right, general=0)
 
     monkeypatch.setattr(evaluation.Evaluator, "evaluate", evaluate)
     data = trainer.TrainingData(tokenizer, examples, [True] * 70, list(range(20)), [20, 21])
@@ -27,6 +28,21 @@ def test_the_step_that_decides_most_rows_right_is_kept_then_the_lower_loss(
     assert history["kept_step"] == 8
     assert [e["step"] for e in history["evaluations"]] == [2, 4, 6, 8, 10]
     assert all(torch.equal(p, snapshots[3][n]) for n, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [  # loss, decided, named, right
+        ((0.9, 3, 3, 3), (0.1, 7, 7, 2)),
+        ((0.9, 5, 4, 2), (0.1, 7, 3, 2)),
+        ((0.9, 5, 4, 2), (0.1, 4, 4, 2)),
+        ((0.1, 5, 4, 2), (0.2, 5, 4, 2)),
+    ],
+)
+def test_an_epoch_is_better_by_rows_right_then_by_names_then_by_call_or_text_then_by_loss(better, worse):
+    better, worse = (evaluation.Evaluation(*numbers, general=1)._asdict() for numbers in (better, worse))
+    assert progress.rank(better) < progress.rank(worse)
+    assert progress.rank(better) == progress.rank({**better, "epoch": 3, "step": 12, "general": 0})
 
 
 @pytest.mark.parametrize(("count", "epochs", "warmup"), [(63, 10, 10), (63, 2, 2), (16, 3, 0)])

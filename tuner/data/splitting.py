@@ -5,15 +5,17 @@ A recipe is any value with the fields named here: train_qlora.RECIPE.
 
 import json
 import random
+from collections import Counter
 
-from tuner.data import chat_text
+from tuner.data import chat_text, tool_call
 
 
 def split_rows(rows, recipe):
     """Return (training, validation): lists of row numbers, ascending.
 
-    recipe: seed, validation_share. Seeded, stratified by call / no call; equal rows stay on one side.
-    Validation is empty where the set is too small to hold a row of each kind out.
+    recipe: seed, validation_share. Seeded, stratified by call / no call, and where there are several tools by
+    the names called; equal rows stay on one side. Validation is empty where the set is too small to hold a
+    row of each kind out.
     """
     kinds = {True: {}, False: {}}
     for i, row in enumerate(rows):
@@ -24,6 +26,9 @@ def split_rows(rows, recipe):
     for kind, groups in kinds.items():
         groups = sorted(groups.values())
         random.Random(f"{recipe.seed} split {kind}").shuffle(groups)
+        names = [names_called(rows[group[0]]["messages"]) for group in groups]
+        if len(set().union(*names)) > 1:
+            groups = spread(groups, names)
         queue += [((rank + 0.5) / len(groups), group) for rank, group in enumerate(groups)]
     size = round(recipe.validation_share * len(rows))
     validation = []
@@ -34,6 +39,22 @@ def split_rows(rows, recipe):
     if validation_kinds != {kind for kind, groups in kinds.items() if groups}:
         validation = []
     return sorted(set(range(len(rows))) - set(validation)), sorted(validation)
+
+
+def names_called(messages):
+    """Return the sorted names that a row's last answer calls, malformed calls left out."""
+    parts, _ = tool_call.split_text(messages[-1]["content"])
+    return tuple(sorted(part.name for part in parts if isinstance(part, tool_call.Call)))
+
+
+def spread(items, kinds):
+    """Return items so that any first part of them has its share of each kind; within a kind as they were."""
+    sizes, seen, positions = Counter(kinds), Counter(), []
+    for kind in kinds:
+        positions.append((seen[kind] + 0.5) / sizes[kind])
+        seen[kind] += 1
+    order = sorted(range(len(items)), key=positions.__getitem__)
+    return [items[i] for i in order]
 
 
 def epoch_batches(training, epoch, recipe):

@@ -146,8 +146,22 @@ def _attribute(value):
     return html.escape(value, quote=False).replace('"', "&quot;")
 
 
-def _read(text, position):
-    """Return (call, end). Raise ValueError or RecursionError if there is no call."""
+def name_span(text, position):
+    """Return (start, end) of the name attribute of the tag at position: its blanks before, its closing quote.
+
+    Of a malformed call too, if its name can be read; None otherwise. Raise nothing.
+    """
+    spans = {}
+    with suppress(ValueError, RecursionError):
+        _read(text, position, spans)
+    return spans.get("name")
+
+
+def _read(text, position, spans=None):
+    """Return (call, end). Raise ValueError or RecursionError if there is no call.
+
+    spans: a dict to put the (start, end) of each attribute into, as far as the tag can be read.
+    """
     opening = OPENING.match(text, position)
     if not opening:
         start = CUT_OPENING.match(text, position)
@@ -170,6 +184,8 @@ def _read(text, position):
             values[attribute], at = _raw_value(text, raw.start(1))
         else:
             values[attribute], at = _value(text, at, quote, attribute)
+        if spans is not None:
+            spans[attribute] = match.start(), at
         quotes.add(quote)
         spaces |= (gap, before, after) != (" ", "", "")
     match = END.match(text, at)

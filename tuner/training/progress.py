@@ -87,13 +87,12 @@ class Progress:
         self.bar.update()
 
     def add_evaluation(self, epoch, evaluation):
-        """Record an Evaluation; keep the adapter if it is the best one: most rows right, then least loss."""
-        earlier = self.history["evaluations"]
-        rank = (-evaluation.right, evaluation.loss)
-        if all(rank < (-e["right"], e["loss"]) for e in earlier):
+        """Record an Evaluation; keep the adapter if it is the best one (rank)."""
+        earlier, new = self.history["evaluations"], evaluation._asdict()
+        if all(rank(new) < rank(e) for e in earlier):
             self.best = flat_weights.copy_to_cpu(self.adapter, self.weights)
             self.history["kept_step"] = self.step
-        earlier.append({"epoch": epoch, "step": self.step, **evaluation._asdict()})
+        earlier.append({"epoch": epoch, "step": self.step, **new})
 
     def check_loss(self, loss, gradient_norm):
         """Raise UserError if a step's loss or gradient is not finite, or the loss explodes."""
@@ -137,6 +136,14 @@ class Progress:
 
     def update_seconds(self):
         self.history["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 1)
+
+
+def rank(evaluation):
+    """Return what sorts evaluations, the best first: by most rows right, then named, decided; least loss."""
+    right, loss = evaluation["right"], evaluation["loss"]
+    # An earlier version's checkpoint has neither of the two.
+    named, decided = (evaluation.get(key, right) for key in ("named", "decided"))
+    return -right, -named, -decided, loss
 
 
 def any_stop_requested(stop_request, state):

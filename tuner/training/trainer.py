@@ -11,7 +11,7 @@ from tuner.system.errors import UserError
 from tuner.training import accumulation, checkpoints, flat_weights, memory_plan
 from tuner.training.accumulation import GradientAccumulator
 from tuner.training.cuda_graphs import GraphAccumulator
-from tuner.training.evaluation import Evaluator, pad_token_id
+from tuner.training.evaluation import Evaluator, pad_token_id, summary, told_apart
 from tuner.training.optimizer import make_optimizer
 from tuner.training.progress import Progress, any_stop_requested
 
@@ -84,6 +84,7 @@ class Trainer:
         """
         try:
             if checkpoint:
+                self._check_evaluations(checkpoint)
                 self.progress.resume(checkpoint)
             with writer, self.progress.show(is_main_process()):
                 self.progress.save = writer.save if is_main_process() else None
@@ -99,6 +100,14 @@ class Trainer:
                 print(f"the checkpoints are kept; resume with: {resume_command}", file=sys.stderr)
             raise
         self.state.destroy_process_group()
+
+    def _check_evaluations(self, checkpoint):
+        """Raise UserError if a Checkpoint's evaluations do not tell apart what this run's do."""
+        counted = all("named" in e for e in checkpoint.history["evaluations"])
+        if not counted and self.evaluator and told_apart(self.evaluator.calls):
+            which = f"the checkpoint of step {checkpoint.step}"
+            reason = "an earlier version wrote it, which counted no names"
+            raise UserError(f"{which} does not fit ({reason}); start afresh with --overwrite")
 
     def step(self, batch):
         """Train on the rows of one step, given by their numbers; skip it if a resumed run had done it."""
@@ -132,7 +141,8 @@ class Trainer:
             progress.check_validation_loss(evaluation.loss)
             progress.add_evaluation(epoch, evaluation)
             line += f"  validation loss {evaluation.loss:.3f}"
-            line += f"  validation accuracy (call/text) {evaluation.right}/{len(self.data.validation)}"
+            shown = summary(evaluation._asdict(), len(self.data.validation), self.evaluator.calls)
+            line += "  validation " + ", ".join(f"{what} {count}/{whole}" for what, count, whole in shown)
         print_main(line)
         progress.save_checkpoint()
         if epoch < epochs and self._stop_requested():
@@ -153,6 +163,7 @@ class Trainer:
             "trainable_parameters": trainable,
             "all_parameters": all_parameters,
             **history,
+            "validation_calls": self.evaluator.calls if self.evaluator else None,
             "seconds": seconds,
             "peak_memory_gib": devices.peak_memory(self.state.device),
         }
