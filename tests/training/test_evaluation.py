@@ -147,6 +147,8 @@ JUDGED = [  # a row's answer, what is said instead, token by token, and what of 
     (f"{F}\n{G}", f"{F}\n{G}".replace("{}", "[}"), NAMED),
     (f"{F}\n{G}", f"{F}<end_of_turn>{G}<end_of_turn>", DECIDED),  # the second call is not made
     (f"{F}\nи\n{G}", f"{F}\nа\n{G}", RIGHT),
+    (f"< {G[1:]}\n{G}", f"< {G[1:]}\n{G}", RIGHT),
+    (f"< {G[1:]}\n{G}", f"<t {G[1:]}\n{G}", DECIDED),  # begun as calls are, where the row has another token
     (DEVIATING, DEVIATING, RIGHT),
     (DEVIATING, DEVIATING.replace("a name", "b name"), NAMED),
     (DEVIATING, DEVIATING.replace("'f'", "'g'"), DECIDED),
