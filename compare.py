@@ -1,23 +1,25 @@
-"""Base and tuned side by side: does the tuned model call when it must, and only then?
+"""Base and tuned side by side: does the tuned model call when it must, what it must, and only then?
 
     python compare.py             the probes of probes.json, and the held-out rows of heldout.json
     python compare.py --bits 4    on a card that the unquantized model does not fit
     python compare.py --merged gemma-3-4b-it-merged    the same of a merged model
     python compare.py --endpoint http://127.0.0.1:8000/v1    the same of a model that is served already
 
-Exit with 0 if the tuned model (merged, the endpoint) passes all probes, 1 if not, 2 for wrong arguments,
-a damaged adapter or an endpoint that does not answer.
+Exit with 0 if the tuned model (merged, the endpoint) passes all probes, and reaches --min-f1 and
+--max-false-calls on the held-out rows; with 1 if it falls short, with 2 for wrong arguments or rows, a
+damaged adapter or an endpoint that does not answer. docs/verdict.md says what is counted.
 """
 
 import argparse
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from train_qlora import OUTPUT_DIR, quantization_config
 from tuner.data import chat_text
-from tuner.inference import endpoint, judging, report
-from tuner.inference.probes import HELD_OUT, PROBES, load_all, merge_tools
+from tuner.inference import comparison, endpoint, gate, judging, report
+from tuner.inference.probes import HELD_OUT, PROBES, Questions, load_all
 from tuner.model import gemma_folder
 from tuner.system import atomic, commands, console
 from tuner.system.console import one_line, printable
@@ -30,13 +32,34 @@ OUT_OF_MEMORY = "close what else runs on the GPU (nvidia-smi), or compare with -
 NO_OVERLAP_CHECK = "cannot check for training/test overlap"
 
 
+def share(text):
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, not {printable(text)}")
+
+
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description="Compare base and tuned model on probes and held-out rows.")
     parser.add_argument("--adapter", help=f"folder of the adapter (default: {OUTPUT_DIR})")
     parser.add_argument("--base", help="folder or hub name of the base (default: as the adapter records it)")
     parser.add_argument("--merged", metavar="FOLDER", help="judge a merged model instead (default: none)")
     parser.add_argument("--probes", default=PROBES, help="file of probes, as rows (default: %(default)s)")
-    parser.add_argument("--data", default=HELD_OUT, help="file of held-out rows (default: %(default)s)")
+    parser.add_argument("--data", help=f"file of held-out rows (default: {HELD_OUT}, if it is there)")
+    parser.add_argument(
+        "--min-f1",
+        type=share,
+        default=gate.MIN_F1,
+        metavar="F1",
+        help="least F1 of calls right in name and arguments on held-out rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-false-calls",
+        type=share,
+        default=gate.MAX_FALSE_CALLS,
+        metavar="RATE",
+        help="highest share of held-out general rows answered by a call (default: %(default)s)",
+    )
     parser.add_argument(
         "--bits", type=int, choices=[4, 8], help="bits to quantize the model to (default: unquantized)"
     )
@@ -111,18 +134,19 @@ def compare_here(args, probes, held_out):
         what = f"base {one_line(base_name)} {bits}, tuned with {one_line(args.adapter)}"
     loaded = time.perf_counter()
     conversations = probes.conversations + held_out.conversations
+    limits = probes.max_new_tokens + held_out.max_new_tokens
     seen = seen_in_training(args.merged or args.adapter, run, conversations)
     print(f"{what}: {len(probes.lines)} probes, {len(held_out.lines)} rows", flush=True)
     answers = {}
     if not args.merged:
         with model.disable_adapter():
-            answers["base"] = generation.answer_all(model, tokenizer, conversations, "base ")
+            answers["base"] = generation.answer_all(model, tokenizer, conversations, "base ", limits)
     judged = "merged" if args.merged else "tuned"
-    answers[judged] = generation.answer_all(model, tokenizer, conversations, judged)
+    answers[judged] = generation.answer_all(model, tokenizer, conversations, judged, limits)
     seconds = {"loading": round(loaded - started, 1), "answering": round(time.perf_counter() - loaded, 1)}
     memory = devices.peak_memory(model.device)
 
-    judgment = judging.judge_all(probes, held_out, answers, seen)
+    judgment = comparison.judge_all(probes, held_out, answers, seen, (args.min_f1, args.max_false_calls))
     judgment |= {"merged": args.merged} if args.merged else {"base_model": base_name}
     judgment |= {
         "bits": args.bits,
@@ -134,7 +158,7 @@ def compare_here(args, probes, held_out):
     report.print_report(judgment, list(answers), seen_lines=[line for line, was_seen in lines if was_seen])
     print(f"\nmemory     {devices.format_memory(memory)}")
     print(f"time       {seconds['loading']} s importing and loading, {seconds['answering']} s answering")
-    exit_code = report.print_verdict(judged, judgment)
+    exit_code = report.print_verdict(judged, judgment, judged)
     write_judgment(args, judgment)
     if exit_code == 0:
         print_next(args)
@@ -161,16 +185,24 @@ def write_judgment(args, judgment):
 def print_next(args):
     """Print what to type after a good verdict: it holds for what was judged, and for nothing else."""
     adapter = None if args.adapter == OUTPUT_DIR else args.adapter
-    data = None if args.data == HELD_OUT else args.data
+    probes = None if args.probes == PROBES else args.probes
     if args.merged:
-        print(f"next       {commands.command('serve.py', model=args.merged, bits=args.bits)}")
+        serve = commands.command("serve.py", model=args.merged, bits=args.bits, probes=probes)
+        print(f"next       {serve}")
     elif args.bits:
-        print(f"next       {commands.command('compare.py', adapter=adapter, base=args.base, data=data)}")
+        again = {"data": args.data, "min_f1": args.min_f1, "max_false_calls": args.max_false_calls}
+        defaults = (None, gate.MIN_F1, gate.MAX_FALSE_CALLS)
+        again = {
+            name: None if value == default else value
+            for (name, value), default in zip(again.items(), defaults, strict=True)
+        }
+        compare = commands.command("compare.py", adapter=adapter, base=args.base, probes=probes, **again)
+        print(f"next       {compare}")
         print("           on the unquantized base, as merge.py merges it; or serve what was judged:")
-        serve = commands.command("serve.py", adapter=args.adapter, base=args.base, bits=args.bits)
-        print(f"           {serve}")
+        flags = {"adapter": args.adapter, "base": args.base, "bits": args.bits, "probes": probes}
+        print(f"           {commands.command('serve.py', **flags)}")
     else:
-        print(f"next       {commands.command('merge.py', adapter=adapter, base=args.base)}")
+        print(f"next       {commands.command('merge.py', adapter=adapter, base=args.base, probes=probes)}")
 
 
 # ----------------------------------------------------------------------------------------- an endpoint
@@ -180,17 +212,14 @@ def compare_endpoint(args, probes, held_out):
     """Ask a served model, print and write the judgment; return the exit code. torch is not imported."""
     print(f"endpoint {args.endpoint}: {len(probes.lines)} probes, {len(held_out.lines)} rows", flush=True)
     started = time.perf_counter()
-    sources = [f"probe {number}" for number in range(1, len(probes.lines) + 1)]
-    sources += [f"{one_line(held_out.path)}:{line}" for line in held_out.lines]
-    conversations, tools = probes.conversations + held_out.conversations, merge_tools(probes, held_out)
-    answered = endpoint.ask(args.endpoint, args.model, conversations, sources, tools)
-    model, listed, replies, tools_refused = answered
+    model, listed, replies, tools_refused = endpoint.ask(args.endpoint, args.model, [probes, held_out])
     seconds = round(time.perf_counter() - started, 1)
     others = f" (the first of {listed} listed)" if listed > 1 else ""
     print(f"model {printable(model)}{others}; {NO_OVERLAP_CHECK}")
 
     answers = [judging.Answer(reply.text, reply.ended, []) for reply in replies]
-    judgment = judging.judge_all(probes, held_out, {"endpoint": answers}, [False] * len(answers))
+    seen, asked = [False] * len(answers), (args.min_f1, args.max_false_calls)
+    judgment = comparison.judge_all(probes, held_out, {"endpoint": answers}, seen, asked)
     parsed, tagged = sum(reply.parsed for reply in replies), sum(reply.tagged for reply in replies)
     judgment |= {
         "endpoint": args.endpoint,
@@ -201,20 +230,31 @@ def compare_endpoint(args, probes, held_out):
     }
     report.print_report(judgment, ["endpoint"], seen_lines=[])
     print(f"\ncalls      {parsed} parsed tool_calls, {tagged} unparsed tags in text")
+    if parsed and tagged:
+        sources = zip(endpoint.sources([probes, held_out]), replies, strict=True)
+        places = ", ".join(source for source, reply in sources if reply.tagged)
+        console.print_wrapped(f"unparsed, while others are parsed: {places}", " " * 11, " " * 11)
     if tools_refused:
         text = f"not declared, since the endpoint rejects them ({tools_refused})"
         console.print_wrapped(text, "tools      ", " " * 11)
     print(f"time       {seconds} s answering")
     write_judgment(args, judgment)
-    return report.print_verdict("the endpoint", judgment)
+    return report.print_verdict("the endpoint", judgment, "endpoint")
 
 
 # ------------------------------------------------------------------------------------------------ main
 
 
+def load_files(args):
+    """Return the Questions of probes and held-out rows; those of none where no rows are named or there."""
+    if args.data is None and not os.path.lexists(HELD_OUT):
+        return *load_all((args.probes, "--probes")), Questions(None, *([] for _ in Questions._fields[1:]))
+    return load_all((args.probes, "--probes"), (HELD_OUT if args.data is None else args.data, "--data"))
+
+
 def main():
     args = parse_arguments()
-    probes, held_out = load_all((args.probes, "--probes"), (args.data, "--data"))
+    probes, held_out = load_files(args)
     check_report_path(args.json)
     compare = compare_endpoint if args.endpoint else compare_here
     return compare(args, probes, held_out)

@@ -24,8 +24,8 @@ python download_model.py
 # Stopped, it resumes with --resume.
 python train_qlora.py
 
-# On the unquantized base, which the adapter is merged into (15 s, 8.7 GiB). Unless tuned passes all six probes,
-# this exits with 1 and the script ends here.
+# On the unquantized base, which the adapter is merged into (15 s, 8.7 GiB). Unless tuned passes all probes and
+# reaches --min-f1 and --max-false-calls on the held-out rows, this exits with 1 and the script ends here.
 python compare.py
 
 # 37 s, 8.6 GiB.

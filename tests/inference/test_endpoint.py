@@ -94,17 +94,20 @@ def test_calls_count_parsed_or_as_text(serve, tmp_path, monkeypatch, capsys, say
     server = serve(say)
     assert run(server.url + "/", "--data", "heldout.json", "--json", "report.json") == 0
     output = capsys.readouterr().out
-    assert max(map(len, output.splitlines())) <= 80
+    assert max(map(len, output.splitlines()[:-1])) <= 80
     assert f"endpoint {server.url}: 6 probes, 40 rows\nmodel tuned (the first of 2 listed); " in output
     assert f"\ncalls      {parsed} parsed tool_calls, {tagged} unparsed tags in text\n" in output
-    assert output.endswith("verdict    the endpoint passes 6 of 6 probes\n")
-    assert f"probe 1    pass\n  prompt    {PROBES[0][0]}\n  expected  a call\n  endpoint  {TAG}\n" in output
-    assert re.search(r"\nheldout\.json +endpoint\ncalls needed +20\n  made right +20\n", output)
-    assert not re.search("base|tools  |seen in training", output)
+    verdict = "verdict    the endpoint passes 6 of 6 probes, F1 1.00 of 20 calls, 0 of 20 false calls\n"
+    assert output.endswith(verdict)
+    prompt, expected = f"  prompt    {PROBES[0][0]}\n", f"  expected  {NAME}()\n"
+    assert f"probe 1    pass\n{prompt}{expected}  endpoint  {TAG}\n" in output
+    rate = r"20 of 20: 1\.00 \(0\.84–1\.00\)\n"
+    assert re.search(rf"\nheldout\.json +endpoint\ndecision +precision +{rate} +recall +{rate}", output)
+    assert not re.search("base|tools? |seen in training|arguments  |unparsed, ", output)
     report = json.loads(Path("report.json").read_text(encoding="utf-8"))
     assert report["calls"] == {"parsed": parsed, "text": tagged}
     assert (report["passed"], report["model"], report["tools_refused"]) == (6, "tuned", None)
-    assert report["rows"]["endpoint"]["f1"] == 1
+    assert report["rows"]["endpoint"]["right"]["f1"]["value"] == 1
     assert report["rows"]["failing"] == []
     assert report["probes"][0]["endpoint"] == TAG
 
@@ -115,7 +118,7 @@ def test_every_question_is_asked_as_it_is_judged_locally(serve):
     assert server.requests[0][:2] == ("GET", "/v1/models")
     bodies = [body for _, path, _, body in server.requests if path == "/v1/chat/completions"]
     function = {"name": NAME, "parameters": {"type": "object", "properties": {}}}
-    settings = {"model": "tuned", "temperature": 0, "max_tokens": judging.MAX_NEW_TOKENS}
+    settings = {"model": "tuned", "temperature": 0, "max_tokens": 80}
     settings["tools"] = [{"type": "function", "function": function}]
     assert all({**settings, "messages": body["messages"]} == body for body in bodies)
     asked = [[{"role": "user", "content": prompt}] for prompt, _ in PROBES] + [m for m, _ in ROWS]
@@ -151,19 +154,19 @@ def test_four_are_asked_at_once_and_late_answers_change_nothing(serve, capsys):
 def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
     odd = "Ваш \x1b[31mбаланс \ud83d"
     wrong = [  # an answer, its text, and why it is wrong where a call is needed
-        (calling((NAME, "{}"), (NAME, "{}")), f"{TAG}\n{TAG}", "several calls"),
+        (calling((NAME, "{}"), (NAME, "{}")), f"{TAG}\n{TAG}", f"{NAME} ×2, not {NAME}"),
         (calling((NAME, "{}"), content="Секунду."), f"Секунду.\n{TAG}", "text around the call"),
-        (calling(("get_data", "{}")), tool_call.format_call("get_data", {}), f"calls get_data, not {NAME}"),
+        (calling(("get_data", "{}")), tool_call.format_call("get_data", {}), f"get_data, not {NAME}"),
         (calling((NAME, "{id: 1}")), TAG.replace("{}", "{id: 1}"), tool_call.NO_OBJECT),
         (
             calling((NAME, '{"id":1}')),
             TAG.replace("}", "&quot;id&quot;:1}"),
-            "arguments differ from the expected ones",
+            f"{NAME}: id is 1, and is not due",
         ),
         (calling((NAME, [])), TAG.replace("{}", "[]"), tool_call.NO_OBJECT),
         (completion(TAG, "length"), TAG, "truncated at 80 tokens"),
-        (completion(None), "", "no call"),
-        (completion(odd), odd.replace("\ud83d", "?"), "no call"),
+        (completion(None), "", f"an empty answer, not {NAME}"),
+        (completion(odd), odd.replace("\ud83d", "?"), f"text, not {NAME}"),
     ]
     asked = [prompt for prompt, _ in PROBES] + [messages[-1]["content"] for messages, _ in ROWS]
     server = serve(lambda body: wrong[asked.index(body["messages"][-1]["content"]) % len(wrong)][0])
@@ -176,7 +179,9 @@ def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
     for i, (need, reported) in enumerate(zip(NEEDED, results, strict=True)):
         _, text, reason = wrong[i % len(wrong)]
         if not need:
-            reason = "a call where text is expected" if "<tool_call" in text else "empty answer"
+            call = reason.split(", not ")[0] if reason.endswith(f", not {NAME}") else NAME
+            call = "an unreadable call" if reason == tool_call.NO_OBJECT else call
+            reason = f"{call}, not text" if "<tool_call" in text else "an empty answer"
         if need or text != wrong[-1][1]:
             assert reported == (reason, text)
         else:
@@ -192,7 +197,7 @@ def test_no_arguments_are_an_empty_object(serve, arguments):
 def test_a_call_without_arguments_at_all_has_none():
     response = calling((NAME, None))
     del response["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
-    assert endpoint.parse_reply(response).text == TAG
+    assert endpoint.parse_reply(response, 80).text == TAG
 
 
 @pytest.mark.parametrize("row", GOOD, ids=lambda row: str(len(row["messages"])))
@@ -247,7 +252,7 @@ def test_every_function_that_the_rows_call_is_declared(serve, tmp_path):
     declared = [[t["function"]["name"] for t in body["tools"]] for _, _, _, body in server.requests if body]
     assert declared == [[NAME, "get_rate"]] * 7
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert report["rows"]["endpoint"]["right"] == 1
+    assert report["rows"]["endpoint"]["right"]["recall"]["part"] == 1
 
 
 def test_a_row_of_two_calls_is_right_if_both_come_in_any_order(serve, tmp_path):
@@ -260,7 +265,8 @@ def test_a_row_of_two_calls_is_right_if_both_come_in_any_order(serve, tmp_path):
         server = serve(lambda b, says=says: calling(*says) if b["messages"] == messages else like_vllm(b))
         assert run(server.url, "--data", f"{tmp_path}/rows.json", "--json", f"{tmp_path}/report.json") == 0
         report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-        assert (report["rows"]["endpoint"]["right"], report["rows"]["failing"]) == (1, [])
+        right = report["rows"]["endpoint"]["right"]["recall"]["part"]
+        assert (right, report["rows"]["failing"]) == (1, [])
 
 
 def test_tools_that_are_not_taken_are_left_out_and_that_is_printed(serve, capsys):
@@ -342,26 +348,26 @@ FAILURES = {
     ),
     "no such model": (
         [LISTED, 404],
-        "probe 1: {url} has no /chat/completions (404: no); "
+        "{probes}:1: {url} has no /chat/completions (404: no); "
         "end the address in /v1, and name a model that it has",
     ),
     "a model of another name": (
         [LISTED, (404, {}, b'{"error": {"message": "The model `x` does not exist."}}')],
-        "probe 1: {url} rejects the request (404: The model `x` does not exist.); "
+        "{probes}:1: {url} rejects the request (404: The model `x` does not exist.); "
         "name a model that it has with --model",
     ),
     "short context": (
         [LISTED, SHORT, SHORT],
-        "probe 1: {url} rejects the request (400: maximum context length is 64); "
+        "{probes}:1: {url} rejects the request (400: maximum context length is 64); "
         "serve with a longer context (vLLM: --max-model-len, llama.cpp: --ctx-size)",
     ),
     "no completion": (
         [LISTED, {"choices": []}],
-        f"probe 1: the response is not a chat completion; {WRONG_SERVER}",
+        f"{{probes}}:1: the response is not a chat completion; {WRONG_SERVER}",
     ),
     "FastAPI": (
         [LISTED] + [(422, {}, b'{"detail": [{"msg": "x\\u001b"}]}')] * 2,
-        'probe 1: {url} rejects the request (422: [{"msg": "x\\u001b"}]); change how it is served',
+        '{probes}:1: {url} rejects the request (422: [{"msg": "x\\u001b"}]); change how it is served',
     ),
 }
 
@@ -373,7 +379,7 @@ def test_a_failure_is_one_line_with_its_cure(serve, failure):
     server.failures = list(server.failures)
     with pytest.raises(UserError) as error:
         run(server.url)
-    assert str(error.value) == says.replace("{url}", server.url)
+    assert str(error.value) == says.replace("{url}", server.url).replace("{probes}", f"{ROOT}/probes.json")
     assert str(error.value).isprintable()
     assert len(server.requests) <= 3
 
@@ -385,7 +391,7 @@ def test_what_is_no_completion_is_an_error(answer, wrapped):
         {"content": [5], "tool_calls": None} if answer == {} else {"content": "a", "tool_calls": [answer]}
     )
     with pytest.raises(UserError, match=r"^the response is not a chat completion; "):
-        endpoint.parse_reply({"choices": [{"message": message}]} if wrapped else answer)
+        endpoint.parse_reply({"choices": [{"message": message}]} if wrapped else answer, 80)
 
 
 def test_a_row_in_the_middle_that_fails_is_named_and_the_others_are_let_go(serve):
@@ -429,7 +435,9 @@ def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
 def test_silence_is_not_waited_for_without_end(serve, monkeypatch):
     monkeypatch.setattr(endpoint, "TIMEOUT", 0.3)
     server = serve(lambda body: time.sleep(0.6) or like_vllm(body))
-    with pytest.raises(UserError, match=r"^probe 1: http.* did not answer within 0\.3 s; see its log$"):
+    with pytest.raises(
+        UserError, match=r"/probes\.json:1: http.* did not answer within 0\.3 s; see its log$"
+    ):
         run(server.url)
 
 
@@ -464,7 +472,7 @@ ENDLESS = {
 def test_a_body_that_does_not_end_is_read_up_to_a_limit(serve, body, listed):
     server = serve()
     server.failures = [LISTED] * listed + [ENDLESS[body]()]
-    where, path = ("probe 1: ", "chat/completions") if listed else ("", "models")
+    where, path = (f"{ROOT}/probes.json:1: ", "chat/completions") if listed else ("", "models")
     with pytest.raises(UserError) as error:
         run(server.url)
     assert str(error.value) == f"{where}{server.url} answers /{path} with more than 4 MiB; {WRONG_SERVER}"
@@ -492,15 +500,17 @@ def test_headers_that_do_not_end_are_one_line(serve):
         run(server.url)
 
 
-def test_an_answer_longer_than_its_tokens_can_be_is_truncated():
-    text = f"{TAG} " * 10_000
+@pytest.mark.parametrize("limit", [80, 160])
+def test_an_answer_longer_than_its_tokens_can_be_is_truncated(limit):
+    text, longest = f"{TAG} " * 10_000, 128 * limit
     for data in (completion(text), calling(*[(NAME, "{}")] * 10_000), calling((NAME, {"a": text}))):
-        reply = endpoint.parse_reply(data)
+        reply = endpoint.parse_reply(data, limit)
         assert not reply.ended
-        assert len(reply.text) == endpoint.MAX_CHARACTERS
-        answer = judging.Answer(reply.text, reply.ended, [])
-        assert judging.judge(answer, expected_answer(TAG))[0] == "malformed"
-    assert endpoint.parse_reply(completion(text[: endpoint.MAX_CHARACTERS])).ended
+        assert len(reply.text) == longest
+        verdict = judging.judge(judging.Answer(reply.text, reply.ended, []), expected_answer(TAG), limit)
+        assert verdict.step in ("form", "name")
+        assert verdict.reason.endswith(f"; truncated at {limit} tokens")
+    assert endpoint.parse_reply(completion(text[:longest]), limit).ended
 
 
 @pytest.mark.parametrize(
@@ -554,11 +564,12 @@ def test_torch_is_not_imported_and_the_exit_codes_are_the_verdict(serve, tmp_pat
     server = serve()
     result = command("--endpoint", server.url, folder=tmp_path, PYTHONPATH=str(tmp_path))
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.endswith("the endpoint passes 6 of 6 probes\n")
+    assert "\nverdict    the endpoint passes 6 of 6 probes, " in result.stdout
     server.say = lambda body: completion("Да.")
     code, output, error = run_main(compare.main, "--endpoint", server.url, folder=ROOT)
     assert (code, error) == (1, "")
-    assert output.endswith("the endpoint passes 2 of 6 probes\n")
+    short = "the endpoint falls short: 2 of 6 probes pass; F1 0.00 of 20 calls (at least 0.9: --min-f1)\n"
+    assert output.endswith(short)
     assert command("--endpoint", server.url, "--json", "no/r.json", folder=tmp_path).returncode == 2
 
 

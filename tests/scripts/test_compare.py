@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, monkeypatch
     answers["tuned"] += [answer("Нет.")] * 3
     answers["base"] = [answer("не знаю, " * 30, False)] * 11
     monkeypatch.setattr(
-        generation, "answer_all", lambda model, tokenizer, conversations, title: answers[title.strip()]
+        generation, "answer_all", lambda model, tokenizer, asked, title, limits: answers[title.strip()]
     )
 
     arguments = ("--adapter", adapter, "--data", "mine.json")
@@ -52,7 +53,8 @@ def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, monkeypatch
     lines = [line for line in output.splitlines() if "pytest-" not in line]  # its folders' long names
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in output
-    assert "verdict    tuned passes 6 of 6 probes" in output
+    few = "rows       mine.json: 4 unseen rows, fewer than 10; judged by the probes alone"
+    assert f"\n{few}\nverdict    tuned passes 6 of 6 probes\n" in output
     assert "probe 5    pass\n  seen in training, so its result here says nothing (data leak)\n" in output
     assert "mine.json:4: seen in training" in output
     report = json.loads(Path("report.json").read_text(encoding="utf-8"))
@@ -60,25 +62,34 @@ def test_a_comparison_shows_and_writes_everything(adapter, tmp_path, monkeypatch
     assert [probe["seen"] for probe in report["probes"]] == [False] * 4 + [True, False]
     first = {
         "prompt": PROBES[0][0],
-        "expected": "a call",
+        "line": 1,
+        "role": "user",
+        "expected": "get_sensitive_data()",
         "tuned": CALL,
         "pass": True,
+        "step": None,
         "reason": None,
     }
     assert first.items() <= report["probes"][0].items()
     tuned = report["rows"]["tuned"]
     # Row 1 called rightly, row 2 a false call, row 3 missed, row 4 left out, row 5 (a conversation) missed.
-    assert [tuned[k] for k in ("needed", "right", "missed", "general", "false")] == [3, 1, 2, 1, 1]
-    assert [(f["line"], f["kind"]) for f in report["rows"]["failing"]] == [
-        (2, "false"),
-        (3, "missed"),
-        (5, "missed"),
+    parts = [tuned["decision"][key]["part"] for key in ("recall", "missed", "false_call_rate")]
+    wholes = [tuned["decision"][key]["whole"] for key in ("recall", "missed", "false_call_rate")]
+    assert (parts, wholes) == ([1, 2, 1], [3, 3, 1])
+    assert [(f["line"], f["step"], f["reason"]) for f in report["rows"]["failing"]] == [
+        (2, "decision", "get_sensitive_data, not text"),
+        (3, "decision", "text, not get_sensitive_data"),
+        (5, "decision", "text, not get_sensitive_data"),
     ]
+    assert "\nmine.json:2: decision: get_sensitive_data, not text\n    get_sensitive_data()\n" in output
+    assert (report["data"], report["probes_data"]) == ("mine.json", "probes.json")
+    assert report["rows"]["base"]["decision"]["recall"]["part"] == 0
 
     answers["tuned"][2] = answer("Да.")
     code, output, error = run_main(compare.main, *arguments, folder=tmp_path)
     assert (code, error) == (1, "")
-    assert "probe 3    FAIL: no call" in output
+    assert "probe 3    FAIL: decision: text, not get_sensitive_data\n" in output
+    assert "\nverdict    tuned falls short: 5 of 6 probes pass\n" in output
     assert "next " not in output
     Path(adapter, "run.json").unlink()
 
@@ -127,7 +138,7 @@ class Loaded:
 def passing(monkeypatch):
     """Let every model that is loaded answer as it should, but for the base."""
 
-    def answer_all(model, tokenizer, conversations, title):
+    def answer_all(model, tokenizer, conversations, title, limits):
         due = [probe[1] for probe in PROBES] + [False] * (len(conversations) - len(PROBES))
         return [answer(CALL if call and title != "base " else "Да.") for call in due]
 
@@ -169,6 +180,109 @@ def test_a_verdict_leads_on_to_what_was_judged(adapter, tiny_text_model, tmp_pat
     assert json.loads((tmp_path / name / "compare.json").read_text())["bits"] is None
 
 
+@pytest.mark.usefixtures("passing")
+def test_what_is_judged_by_is_carried_on(adapter, tiny_text_model, tmp_path):
+    shutil.copytree(adapter, tmp_path / "qlora_output")
+    shutil.copytree(tiny_text_model, tmp_path / "merged")
+    copy_questions(tmp_path)
+    shutil.copy(tmp_path / "probes.json", tmp_path / "my probes.json")
+    shutil.copy(tmp_path / "probes.json", tmp_path / "mine.json")
+    flags = ["--probes", "my probes.json", "--data", "mine.json", "--min-f1", "0.5"]
+    probes = "--probes 'my probes.json'"
+    assert next_lines(tmp_path, *flags) == [f"next       python merge.py {probes}"]
+    quantized = next_lines(tmp_path, *flags, "--bits", "4")
+    assert quantized[0] == f"next       python compare.py {probes} --data mine.json --min-f1 0.5"
+    assert quantized[2] == f"           python serve.py --adapter qlora_output --bits 4 {probes}"
+    quantized = next_lines(tmp_path, "--max-false-calls", "0", "--bits", "8")
+    assert quantized[0] == "next       python compare.py --max-false-calls 0.0"
+    merged = next_lines(tmp_path, "--merged", "merged", *flags)
+    assert merged == [f"next       python serve.py --model merged {probes}"]
+
+
+def gate_rows(calls, general):
+    return [row(f"Долг {n}?", CALL) for n in range(calls)] + [row(f"Что {n}?", "Да.") for n in range(general)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "short"),
+    [
+        ([], ["F1 0.64 of 10 calls (at least 0.9: --min-f1)",
+              "4 of 10 false calls: 0.40 (at most 0.1: --max-false-calls)"]),
+        (["--min-f1", "0.6"], ["4 of 10 false calls: 0.40 (at most 0.1: --max-false-calls)"]),
+        (["--max-false-calls", ".4"], ["F1 0.64 of 10 calls (at least 0.9: --min-f1)"]),
+        (["--min-f1", "0", "--max-false-calls", "1"], []),
+        (["--min-f1", "0.6", "--max-false-calls", "0.39"],
+         ["4 of 10 false calls: 0.40 (at most 0.39: --max-false-calls)"]),
+    ],
+)  # fmt: skip
+def test_probes_alone_do_not_pass_where_held_out_rows_fall_short(
+    adapter, tmp_path, monkeypatch, flags, short
+):
+    shutil.copytree(adapter, tmp_path / "qlora_output")
+    copy_questions(tmp_path)
+    (tmp_path / "heldout.json").write_text("\n".join(map(json.dumps, gate_rows(10, 10))))
+    # Of ten calls due, seven are right, one is of another tool and two are missed; of ten general rows four
+    # get a call: F1 is 2 · 7 / (10 due + 12 made).
+    other = tool_call.format_call("get_rate", {})
+    texts = [CALL if need else "Да." for _, need in PROBES]
+    texts += [CALL] * 7 + [other] + ["Да."] * 2 + [CALL] * 4 + ["Да."] * 6
+    monkeypatch.setattr(generation, "load_tuned", lambda *_: (Loaded(), None, {}))
+    monkeypatch.setattr(generation, "answer_all", lambda *_: list(map(answer, texts)))
+    code, output, error = run_main(compare.main, *flags, folder=tmp_path)
+    assert (code, error) == (int(bool(short)), "")
+    (verdict,) = [line for line in output.splitlines() if line.startswith("verdict ")]
+    if short:
+        assert verdict == f"verdict    tuned falls short: {'; '.join(short)}"
+        assert "\nnext " not in output
+    else:
+        assert verdict == "verdict    tuned passes 6 of 6 probes, F1 0.64 of 10 calls, 4 of 10 false calls"
+    report = json.loads((tmp_path / "qlora_output/compare.json").read_text(encoding="utf-8"))
+    assert (report["gate"]["short"], report["gate"]["passed"]) == (short, not short)
+    assert report["gate"]["reached"]["f1"] == 14 / 22
+
+
+@pytest.mark.parametrize("value", ["1.1", "-0.1", "nan", "90%", "", "inf", "x\x1b[2J"])
+@pytest.mark.parametrize("flag", ["--min-f1", "--max-false-calls"])
+def test_what_the_gate_asks_is_a_share(tmp_path, flag, value):
+    code, output, error = run_main(compare.main, f"{flag}={value}", folder=tmp_path)
+    assert (code, output) == (2, "")
+    last = error.splitlines()[-1]
+    assert last.startswith(f"compare.py: error: argument {flag}: expected a number from 0 to 1, not ")
+    assert last.isprintable()
+
+
+@pytest.mark.usefixtures("passing")
+def test_without_held_out_rows_the_probes_alone_decide(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "qlora_output")
+    shutil.copy(ROOT / "probes.json", tmp_path)
+    code, output, error = run_main(compare.main, folder=tmp_path)
+    assert (code, error) == (0, "")
+    none = "rows       heldout.json: no such file; judged by the probes alone"
+    assert f"\n{none}\nverdict    tuned passes 6 of 6 probes\n" in output
+    assert "6 probes, 0 rows\n" in output
+    # The table is that of the probes then: four calls due, two texts.
+    assert re.search(r"\nprobes +base +tuned\ndecision +precision +– \(0 of 0\) +4 of 4: 1\.00 ", output)
+    report = json.loads((tmp_path / "qlora_output/compare.json").read_text(encoding="utf-8"))
+    assert (report["data"], report["gate"]["reached"]["rows"]) == (None, 0)
+    assert report["gate"]["asked"] == {"min_f1": None, "max_false_calls": None}
+    assert report["gate"]["reached"]["f1"] is None
+    for name in ("heldout.json", ""):
+        code, output, error = run_main(compare.main, "--data", name, folder=tmp_path, error_code=2)
+        assert (code, output) == (2, "")
+        assert error.endswith("no such file; name it with --data\n") or not name
+    (tmp_path / "heldout.json").symlink_to("gone.json")
+    code, _, error = run_main(compare.main, folder=tmp_path, error_code=2)
+    assert (code, error.count("\n")) == (2, 1)
+
+
+def test_faults_of_both_files_are_listed_before_anything_is_loaded(tmp_path):
+    (tmp_path / "probes.json").write_text(json.dumps(row("Долг?", "<tool_call name='f'/>")))
+    (tmp_path / "rows.json").write_text(json.dumps(row("Долг?", CALL + "<tool_call")))
+    code, output, error = run_main(compare.main, "--data", "rows.json", folder=tmp_path, error_code=2)
+    assert (code, output) == (2, "")
+    assert [line.split(" ")[0] for line in error.splitlines()] == ["probes.json:1:", "rows.json:1:"]
+
+
 def test_a_merged_model_is_judged_and_the_rows_it_was_trained_on_are_left_out(
     tiny_text_model, tmp_path, monkeypatch
 ):
@@ -184,9 +298,9 @@ def test_a_merged_model_is_judged_and_the_rows_it_was_trained_on_are_left_out(
     assert (code, error) == (1, "")
     assert output.startswith("merged merged unquantized: 6 probes, 2 rows\n")
     assert "mine.json:1: seen in training" in output
-    assert output.endswith("verdict    merged passes 4 of 6 probes\n")
+    assert output.endswith("verdict    merged falls short: 4 of 6 probes pass\n")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["merged"], report["rows"]["merged"]["right"]) == ("merged", 1)
+    assert (report["merged"], report["rows"]["merged"]["right"]["recall"]["part"]) == ("merged", 1)
     assert not list(tmp_path.rglob("compare.json"))
 
 

@@ -16,7 +16,7 @@ from tests.support.docs import client_example
 from tests.support.echo_server import serving
 from train_qlora import RECIPE, preprocess_function, quantization_config
 from tuner.data import chat_rows, chat_text, tokenized, tool_call
-from tuner.inference import generation, judging
+from tuner.inference import comparison, generation
 from tuner.inference.probes import PROBES, load_questions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,12 +97,12 @@ def test_the_tuned_model_is_good_on_the_base_it_was_trained_on(rehearsed, monkey
     probes, held_out = load_questions(PROBES), load_questions("heldout.json")
     model, tokenizer, _ = generation.load_tuned("qlora_output", 4, quantization_config)
     answers = generation.answer_all(model, tokenizer, probes.conversations + held_out.conversations)
-    judgment = judging.judge_all(probes, held_out, {"tuned": answers}, seen=[False] * len(answers))
+    asked = 0.95, 0.05
+    judgment = comparison.judge_all(probes, held_out, {"tuned": answers}, [False] * len(answers), asked)
     assert judgment["passed"] == 6
-    tuned = judgment["rows"]["tuned"]
-    assert (tuned["needed"], tuned["general"]) == (20, 20)
-    assert tuned["f1"] >= 0.95
-    assert tuned["false"] <= 1
+    decision = judgment["rows"]["tuned"]["decision"]
+    assert (decision["recall"]["whole"], decision["false_call_rate"]["whole"]) == (20, 20)
+    assert judgment["gate"]["short"] == []
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,10 @@ def test_tuned_passes_the_probes_and_the_base_fails_those_that_need_a_call(repor
     assert [probe["pass"] for probe in report["probes"]] == [True] * 6
     assert not any("tool_call" in probe["base"] for probe in report["probes"])
     base, tuned = report["rows"]["base"], report["rows"]["tuned"]
-    assert (base["needed"], base["right"], base["false"]) == (20, 0, 0)
-    assert tuned["f1"] >= 0.9
+    assert [base["right"]["recall"][key] for key in ("part", "whole")] == [0, 20]
+    assert base["decision"]["false_call_rate"]["part"] == 0
+    assert tuned["right"]["f1"]["value"] >= 0.9
+    assert report["gate"]["passed"]
 
 
 def test_one_probe_at_a_time_is_answered_as_in_the_batch(rehearsed, report, monkeypatch):
@@ -168,7 +170,7 @@ def test_merged_it_is_as_good(rehearsed, report):
     assert "next       python compare.py --merged gemma-3-270m-merged\n" in outputs["merge"]
     assert "merged passes 6 of 6 probes" in outputs["merged"]
     merged = json.loads((folder / "compare-merged.json").read_text(encoding="utf-8"))["rows"]
-    assert merged["merged"]["f1"] >= 0.9
+    assert merged["merged"]["right"]["f1"]["value"] >= 0.9
     assert merged["seen_in_training"] == report["rows"]["seen_in_training"]
 
 

@@ -17,7 +17,11 @@ RUN = {
     "settings": {"lora_r": 16, "data": "/home/anna/rows.json", "model": "/home/anna/base", "output": "out"},
     "versions": {"torch": "2.13.0"},
 }
-TUNED = {"right": 19, "needed": 20, "false": 0, "general": 20, "f1": 0.97}
+TUNED = {
+    "decision": {"false_call_rate": {"part": 0, "whole": 20, "value": 0.0}},
+    "right": {"recall": {"part": 19, "whole": 20, "value": 0.95}, "f1": {"part": 38, "value": 38 / 39}},
+}
+OLDER = {"right": 19, "needed": 20, "false": 0, "general": 20, "f1": 0.97}  # before there were four steps
 COMPARISON = {"bits": None, "passed": 5, "probes": [{}] * 6, "rows": {"tuned": TUNED}}
 NAME = "google/gemma-3-4b-it"
 
@@ -66,6 +70,15 @@ def test_the_run_and_the_verdict_are_described():
         "- probes passed, base unquantized: 5 of 6",
         "- held-out rows, base unquantized: 19 of 20 calls right, 0 of 20 false calls, F1 0.97",
     ]
+
+
+def test_what_is_not_known_of_the_verdict_is_left_out():
+    older = {**COMPARISON, "rows": {"tuned": OLDER}}
+    assert card_of(comparison=older) == card_of(comparison={})
+    no_rows = {"right": {"recall": {"part": 0, "whole": 0}, "f1": {"value": None}}}
+    no_rows["decision"] = {"false_call_rate": {"part": 0, "whole": 0, "value": None}}
+    lines = card_of(comparison={**COMPARISON, "rows": {"tuned": no_rows}}).splitlines()
+    assert lines[-1] == "- probes passed, base unquantized: 5 of 6"
 
 
 def plain(card):

@@ -8,6 +8,7 @@ import pytest
 import compare
 import merge
 import train_qlora
+from tests.support.rows import copy_questions
 from tests.support.scripts import run_main
 from tuner.system.errors import UserError
 from tuner.training import records
@@ -20,7 +21,9 @@ RUN = {
     "settings": {},
     "other": [1],
 }
-RATES = {"right": 1, "needed": 2, "false": 0, "general": 2, "f1": 0.5}
+RATE = {"part": 1, "whole": 2, "value": 0.5, "interval": [0.1, 0.9]}
+RATES = {"decision": {"false_call_rate": RATE}, "right": {"f1": RATE}}
+OLDER = {"right": 1, "needed": 2, "false": 0, "general": 2, "f1": 0.5}
 COMPARISON = {"bits": None, "passed": 5, "probes": [{}], "rows": {"base": RATES, "tuned": RATES}}
 WRONG = {
     "revision": (3, ["ab"], {}, True),
@@ -57,6 +60,8 @@ def test_what_is_written_or_missing_is_taken(tmp_path, value):
     assert records.read(path, records.RUN, "") == value
     path.write_text(json.dumps(COMPARISON))
     assert records.read(path, records.COMPARISON, "") == COMPARISON
+    path.write_text(json.dumps({**COMPARISON, "rows": {"tuned": OLDER}}))
+    assert records.read(path, records.COMPARISON, "")["rows"] == {"tuned": OLDER}
 
 
 @pytest.mark.parametrize(
@@ -68,10 +73,17 @@ def test_what_is_written_or_missing_is_taken(tmp_path, value):
         ("run.json", '{"a": ' * 10**5),
         ("run.json", b"\xff\xfe"),
         ("compare.json", '{"passed": "five", "rows": 3}'),
-        ("compare.json", json.dumps({**COMPARISON, "rows": {"tuned": {**RATES, "f1": "much"}}})),
+        ("compare.json", json.dumps({**COMPARISON, "rows": {"tuned": {"decision": "much"}}})),
+        (
+            "compare.json",
+            json.dumps(
+                {**COMPARISON, "rows": {"base": {"decision": {"false_call_rate": {**RATE, "part": "1"}}}}}
+            ),
+        ),
     ],
 )
 def test_a_record_that_is_none_is_one_line_of_every_script_that_reads_it(adapter, tmp_path, file, content):
+    copy_questions(tmp_path)
     copy = shutil.copytree(adapter, tmp_path / "qlora_output")
     (copy / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     data = train_qlora.__file__.replace("train_qlora.py", "examples.json")

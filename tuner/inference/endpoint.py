@@ -14,14 +14,14 @@ import httpx2  # what huggingface_hub talks through
 from tqdm import tqdm
 
 from tuner.data import tool_call
-from tuner.inference.judging import MAX_NEW_TOKENS
-from tuner.system.console import printable
+from tuner.inference.probes import merge_tools
+from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
 
 CONCURRENT_REQUESTS = 4
 TIMEOUT = 300  # seconds for a whole answer; a CPU that answers four at once takes one or two minutes
 MAX_BYTES = 4 * 2**20  # of a response, decompressed; the longest lists of models have some 500 KB
-MAX_CHARACTERS = 128 * MAX_NEW_TOKENS  # of an answer: no usual token is longer, and Gemma's have 31 at most
+CHARACTERS_PER_TOKEN = 128  # of an answer at most: no usual token is longer, and Gemma's have 31 at most
 CONNECT_TIMEOUT = 10  # seconds
 BUSY_TIMEOUT = 60  # seconds that an endpoint may stay busy (429, 503), all waits together
 KEY = "OPENAI_API_KEY"
@@ -64,16 +64,21 @@ def check_address(text):
     return text.rstrip("/")
 
 
-def ask(url, model, conversations, sources, tools):
-    """Ask a model (None: the first that the endpoint lists) conversations, greedily; return Replies.
+def ask(url, model, files):
+    """Ask a model (None: the first that the endpoint lists) all Questions, greedily; return Replies.
 
-    tools, as OpenAI's list, are declared with each question; where the endpoint takes none, all are asked
-    without. sources say where a conversation stands. Raise UserError if there is no answer.
+    The tools of all files are declared with each question; where the endpoint takes none, all are asked
+    without. Raise UserError if there is no answer.
     """
-    return asyncio.run(_ask(url, model, conversations, sources, tools))
+    return asyncio.run(_ask(url, model, files))
 
 
-async def _ask(url, model, conversations, sources, tools):
+def sources(files):
+    """Return where each question of Questions stands, as `file:line`."""
+    return [f"{one_line(str(questions.path))}:{line}" for questions in files for line in questions.lines]
+
+
+async def _ask(url, model, files):
     async with _client(url) as client:
         listed = 0
         if model is None:
@@ -82,21 +87,26 @@ async def _ask(url, model, conversations, sources, tools):
                 raise UserError(f"{url} lists no models; name one with --model")
             model, listed = models[0], len(models)
         model = _encodable(model)
-        settings = {"model": model, "temperature": 0, "max_tokens": MAX_NEW_TOKENS}
+        conversations = [messages for questions in files for messages in questions.conversations]
+        limits = [limit for questions in files for limit in questions.max_new_tokens]
+        places, tools = sources(files), merge_tools(*files)
+        settings = {"model": model, "temperature": 0}
         # With no parser for calls, vLLM refuses questions that declare a tool, and so does llama.cpp without
         # --jinja; the first question, asked alone, finds that out.
-        declared = {"tools": tools}
+        declared = {"tools": tools} if tools else {}
         tools_refused = None
         semaphore = asyncio.Semaphore(CONCURRENT_REQUESTS)
         bar = tqdm(total=len(conversations), desc="answering", unit="row", leave=False, disable=None)
 
         async def ask_one(number):
-            body = {**settings, **declared, "messages": openai_messages(conversations[number])}
+            body = {**settings, **declared, "max_tokens": limits[number]}
+            body["messages"] = openai_messages(conversations[number])
             async with semaphore:
                 try:
-                    reply = parse_reply(await _send(client, "POST", "chat/completions", body))
+                    response = await _send(client, "POST", "chat/completions", body)
+                    reply = parse_reply(response, limits[number])
                 except UserError as error:
-                    error.args = (f"{sources[number]}: {error}",)
+                    error.args = (f"{places[number]}: {error}",)
                     raise
             bar.update()
             return reply
@@ -105,6 +115,8 @@ async def _ask(url, model, conversations, sources, tools):
             try:
                 replies = [await ask_one(0)]
             except RefusedError as error:
+                if not declared:
+                    raise
                 declared, tools_refused = {}, error.reason
                 try:
                     replies = [await ask_one(0)]
@@ -257,11 +269,12 @@ def model_names(data):
     return names
 
 
-def parse_reply(data):
+def parse_reply(data, limit):
     """Return the Reply of a chat completion; raise UserError if it is malformed.
 
-    Of a text of more than MAX_CHARACTERS, which has not ended within MAX_NEW_TOKENS, the beginning is kept.
+    Of a text with more characters than `limit` tokens have, which has not ended, the beginning is kept.
     """
+    longest = CHARACTERS_PER_TOKEN * limit
     try:
         choice = data["choices"][0]
         message = choice["message"]
@@ -269,13 +282,13 @@ def parse_reply(data):
         content = "" if content is None else content
         functions = [call["function"] for call in calls]
         tags = [tool_call.format_tag(f["name"], _source(f.get("arguments"))) for f in functions]
-        parts, _ = tool_call.split_text(content[:MAX_CHARACTERS])
+        parts, _ = tool_call.split_text(content[:longest])
         text = "\n".join([content] * (bool(content.strip()) or not tags) + tags)
     except (LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"the response is not a chat completion; {WRONG_SERVER}") from None
-    ended = choice.get("finish_reason") != "length" and len(text) <= MAX_CHARACTERS
+    ended = choice.get("finish_reason") != "length" and len(text) <= longest
     tagged = sum(isinstance(part, tool_call.Call) for part in parts)
-    return Reply(_encodable(text[:MAX_CHARACTERS]), ended, len(tags), tagged)
+    return Reply(_encodable(text[:longest]), ended, len(tags), tagged)
 
 
 def _source(arguments):

@@ -48,12 +48,16 @@ def describe_comparison(comparison):
     """Return lines on how the tuned model answered, by compare.json."""
     tuned = comparison["rows"]["tuned"]
     bits = f"in {number(comparison['bits'])} bits" if comparison["bits"] else "unquantized"
-    right, needed, false, general = (number(tuned[key]) for key in ("right", "needed", "false", "general"))
-    return [
-        f"- probes passed, base {bits}: {number(comparison['passed'])} of {len(comparison['probes'])}",
-        f"- held-out rows, base {bits}: {right} of {needed} calls right, "
-        f"{false} of {general} false calls, F1 {number(tuned['f1'] or 0):.2f}",
-    ]
+    right, false = tuned["right"]["recall"], tuned["decision"]["false_call_rate"]
+    right, due, false, general = (number(rate[key]) for rate in (right, false) for key in ("part", "whole"))
+    lines = [f"- probes passed, base {bits}: {number(comparison['passed'])} of {len(comparison['probes'])}"]
+    if due:
+        f1 = f"F1 {number(tuned['right']['f1']['value']):.2f}"
+        lines.append(
+            f"- held-out rows, base {bits}: {right} of {due} calls right, "
+            f"{false} of {general} false calls, {f1}"
+        )
+    return lines
 
 
 def code(value):

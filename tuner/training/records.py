@@ -19,7 +19,8 @@ RUN = {
     "settings": {},
     "versions": {},
 }
-RATES = {"right": int, "needed": int, "false": int, "general": int, "f1": float}
+RATE = {"part": int, "whole": int, "value": float}
+RATES = {"decision": {"false_call_rate": RATE}}  # not "right", which was a number in older ones
 COMPARISON = {"bits": int, "passed": int, "probes": [{}], "rows": {"tuned": RATES, "base": RATES}}
 
 
