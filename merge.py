@@ -156,7 +156,8 @@ def merge(args, output, run, comparison, probes):
             print(f"           {read_back}", flush=True)
             after = probe_answers.answer_probes(merged, tokenizer, probes)
             same = probe_answers.compare_answers(tokenizer, before, after)
-            print(f"           {same} of {len(after)} probes answered with the same tokens as base + adapter")
+            asked = f"{len(after)} probe{'s' * (len(after) != 1)}"
+            print(f"           {same} of {asked} answered with the same tokens as base + adapter")
             atomic.move_into_place(part, target, "config.json", work / atomic.EARLIER)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         reason = printable(getattr(error, "strerror", None) or str(error), 100)

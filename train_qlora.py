@@ -324,6 +324,7 @@ def describe_data(args, recipe, rows):
         "data": args.data,
         "rows_sha256": resuming.rows_sha256(rows),
         "prompts_sha256": sorted(fingerprints),
+        "tools": chat_text.called_names(rows),
         "settings": {"model": args.model, "data": args.data, "output": args.output, **recipe.settings()},
     }
 

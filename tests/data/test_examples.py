@@ -26,11 +26,11 @@ def test_half_calls_and_half_general(path, each):
 
 
 def test_no_prompt_stands_twice_in_or_across_the_sets():
-    everything = [*prompts("examples.json"), *prompts("heldout.json")]
-    assert len({chat_text.normalize(prompt) for prompt in everything}) == len(everything) == 110
+    everything = [*prompts("examples.json"), *prompts("heldout.json"), *prompts("probes.json")]
+    assert len({chat_text.normalize(prompt) for prompt in everything}) == len(everything) == 116
 
 
-@pytest.mark.parametrize("path", ["examples.json", "heldout.json"])
+@pytest.mark.parametrize("path", ["examples.json", "heldout.json", "probes.json"])
 def test_no_word_mixes_scripts_and_no_character_is_invisible(path):
     for _, row in chat_rows.read_rows(path):
         for message in row["messages"]:

@@ -209,7 +209,7 @@ def test_no_script_runs_code_of_a_strangers_base_or_asks_whether_to(
     base = Path(shutil.copytree(tiny_text_model, folder / "base"))
     edit(base / "config.json", model_type="evil", auto_map=AUTO)
     (base / "evil.py").write_text(CODE.format(str(tmp_path / "ran")))
-    for name in ("examples.json", "heldout.json"):
+    for name in ("examples.json", "heldout.json", "probes.json"):
         shutil.copyfile(few_rows, tmp_path / name)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 10))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -410,6 +411,41 @@ def test_the_next_command_is_the_verdict_on_what_was_merged(text_adapter, tmp_pa
         data_flag = f" --data '{named}'" if named else ""
         quoted = str(tmp_path / "it's").replace("'", "'\"'\"'")
         assert stdout.endswith(f"\nnext       python compare.py --merged '{quoted}'{data_flag}\n")
+
+
+def test_any_probes_are_answered_before_and_after_and_named_in_what_to_type_next(
+    text_adapter, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(probes, "MAX_NEW_TOKENS", 8)
+    one, fifty = tmp_path / "one.json", tmp_path / "my fifty.json"
+    call = '<tool_call name="f" arguments="{}"/>'
+    turns = [row("а", call, "б", "в"), *(row(f"Вопрос {number}", "Да.") for number in range(49))]
+    one.write_text(json.dumps(turns[0]))
+    fifty.write_text("\n".join(map(json.dumps, turns)))
+    for path, quoted, asked in ((one, f"{one}", "1 probe"), (fifty, f"'{fifty}'", "50 probes")):
+        stdout = run_well(text_adapter, tmp_path / "out", "--probes", path, "--overwrite")
+        assert re.search(rf"^ {{11}}\d+ of {asked} answered with the same tokens as base \+", stdout, re.M)
+        assert stdout.endswith(f" --merged {tmp_path}/out --probes {quoted}\n")
+
+
+def test_probes_that_cannot_be_asked_are_told_before_anything_is_loaded(text_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("loaded"))
+    wrong = tmp_path / "wrong.json"
+    rows = [row("а", "<tool_call name='f'/>"), row("б", "да"), {"messages": []}]
+    wrong.write_text("\n".join(map(json.dumps, rows)))
+
+    def refused_with(*flags):
+        flags = ["--adapter", text_adapter, "--output", tmp_path / "out", *flags]
+        code, stdout, stderr = run_main(merge.main, *flags, folder=tmp_path)
+        assert (code, stdout) == (1, "")
+        return stderr
+
+    assert refused_with() == "probes.json: no such file; name it with --probes\n"
+    assert refused_with("--probes", "nope\x1b.json").endswith("no such file; name it with --probes\n")
+    first, second = refused_with("--probes", wrong).splitlines()
+    assert first == f"{wrong}:1: malformed call (no arguments); fix it"
+    assert second.startswith(f'{wrong}:3: "messages" is an empty list; ')
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.json"]
 
 
 def test_too_little_disk_or_memory_is_reported_before_anything_is_loaded(tmp_path, capsys):

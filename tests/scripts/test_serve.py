@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -18,11 +19,13 @@ from bitsandbytes.nn import Linear4bit
 import serve
 from tests.support import fork_server
 from tests.support.chat_client import USER, client_of, post
+from tests.support.rows import row
 from tests.support.scripts import run_main
 from tests.support.tiny_models import write_tiny_adapter
 from train_qlora import quantization_config
 from tuner.inference import generation
 from tuner.serving import http_server
+from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,6 +105,40 @@ def test_what_a_user_can_fix_is_one_line_and_exit_1(tmp_path, tiny_text_model, a
     monkeypatch.setenv("SERVE_API_KEY", "слово")
     text = "SERVE_API_KEY contains characters that no header can carry; use Latin letters and digits\n"
     assert run(folder=tmp_path) == (1, text)
+
+
+def test_probes_are_read_before_the_model_and_those_named_must_be_there(tmp_path, adapter, monkeypatch):
+    monkeypatch.setattr(generation, "load_tuned", lambda *_: pytest.fail("loaded"))
+    flags = ("--adapter", adapter, "--probes")
+    missing = "none.json: no such file; name it with --probes\n"
+    assert run(*flags, "none.json", folder=tmp_path) == (1, missing)
+    (tmp_path / "probes.json").write_text('{"messages": 5}')
+    for named in (("--probes", "probes.json"), ()):
+        code, error = run("--adapter", adapter, *named, folder=tmp_path)
+        assert code == 1
+        assert error.startswith('probes.json:1: "messages" is a number; ')
+
+
+def test_the_page_has_the_probes_or_without_the_default_file_none(tmp_path, adapter, monkeypatch):
+    def texts_of(*flags):
+        shown = []
+
+        class Service:
+            def __init__(self, model, tokenizer, names, key, probes):
+                shown.extend(messages[-1]["content"] for messages in (probes.conversations if probes else ()))
+                raise UserError("enough")
+
+        monkeypatch.setattr(http_server, "ChatService", Service)
+        monkeypatch.setattr(generation, "load_tuned", lambda *_: (None, None, {}))
+        code, error = run("--adapter", adapter, *flags, folder=tmp_path)
+        assert (code, error) == (1, "enough\n")
+        return shown
+
+    assert texts_of() == []
+    (tmp_path / "mine.json").write_text(json.dumps(row("Мой?", "Да.", "А вчера?", "Нет.")))
+    assert texts_of("--probes", "mine.json") == ["А вчера?"]
+    (tmp_path / "mine.json").rename(tmp_path / "probes.json")
+    assert texts_of() == ["А вчера?"]
 
 
 def test_full_memory_while_loading_is_one_line_with_its_cure(tiny_text_model):

@@ -181,7 +181,8 @@ def test_a_token_is_in_nothing_that_is_printed_or_written(arguments, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert huggingface_hub.get_token() == TOKEN
     data, model = arguments[4], arguments[2]
-    shutil.copyfile(data, tmp_path / "heldout.json")
+    for name in ("heldout.json", "probes.json"):
+        shutil.copyfile(data, tmp_path / name)
     for script, flags, code in [
         (train_qlora, arguments, 0),
         (train_qlora, ["--rehearse", "--model", "google/no-such-model", "--data", data, "--output", "no"], 1),

@@ -16,6 +16,7 @@ RUN = {
     "steps": 40,
     "settings": {"lora_r": 16, "data": "/home/anna/rows.json", "model": "/home/anna/base", "output": "out"},
     "versions": {"torch": "2.13.0"},
+    "tools": ["get_balance", "get_rate"],
 }
 TUNED = {
     "decision": {"false_call_rate": {"part": 0, "whole": 20, "value": 0.0}},
@@ -61,8 +62,9 @@ def test_the_base_is_a_name_on_the_hub_or_nothing():
 
 
 def test_the_run_and_the_verdict_are_described():
-    lines = card_of().splitlines()[-6:]
+    lines = card_of().splitlines()[-7:]
     assert lines == [
+        "- calls: `get_balance`, `get_rate`",
         "- settings: `lora_r 16`",
         "- versions: `torch 2.13.0`",
         f"- rows: 70, sha256 of the file `{'ab' * 32}`",
@@ -79,6 +81,21 @@ def test_what_is_not_known_of_the_verdict_is_left_out():
     no_rows["decision"] = {"false_call_rate": {"part": 0, "whole": 0, "value": None}}
     lines = card_of(comparison={**COMPARISON, "rows": {"tuned": no_rows}}).splitlines()
     assert lines[-1] == "- probes passed, base unquantized: 5 of 6"
+
+
+@pytest.mark.parametrize(
+    ("tools", "title", "calls"),
+    [
+        ([], "tuned with QLoRA", []),
+        (None, "tuned with QLoRA", []),
+        (["get `x`"], "tuned with QLoRA to call `get 'x'`", ["- calls: `get 'x'`"]),
+        (["f"] * 23, "tuned with QLoRA to call 23 tools", [f"- calls: {'`f`, ' * 20}and 3 more"]),
+    ],
+)
+def test_the_title_says_what_was_trained_to_be_called(tools, title, calls):
+    lines = card_of(run={**RUN, "tools": tools}).splitlines()
+    assert f"# {NAME}, {title}" in lines
+    assert [line for line in lines if line.startswith("- calls")] == calls
 
 
 def plain(card):

@@ -30,6 +30,7 @@ WRONG = {
     "bits": ("4", 4.5, True, [4], float("nan"), 10**20),
     "prompts_sha256": ("abc", 3, {"ab": 1}, [3], [["ab"]], ["ab", {}]),
     "rows": (3, "seven", [7], {"all": "seven"}, {"all": {}}),
+    "tools": ("f", {"f": 1}, ["f", 3]),
     "settings": ([], "x", 3),
     "versions": ([["torch", 1]], "x"),
     "passed": ("five", [5], 1e30, float("inf")),
@@ -86,10 +87,12 @@ def test_a_record_that_is_none_is_one_line_of_every_script_that_reads_it(adapter
     copy_questions(tmp_path)
     copy = shutil.copytree(adapter, tmp_path / "qlora_output")
     (copy / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    data = train_qlora.__file__.replace("train_qlora.py", "examples.json")
+    data, probes = (
+        train_qlora.__file__.replace("train_qlora.py", f"{n}.json") for n in ("examples", "probes")
+    )
     for main, flags, expected in (
         (merge.main, ["--output", "out"], 1),
-        (compare.main, ["--data", data], 2),
+        (compare.main, ["--data", data, "--probes", probes], 2),
         (train_qlora.main, ["--rehearse", "--resume", "--data", data], 1),
     ):
         if file == "compare.json" and main is not merge.main:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 
 from tuner.data import tool_call
 
@@ -20,6 +21,13 @@ def is_call(messages):
 def has_call(messages):
     """Return whether any of a row's trained answers is a call."""
     return any(CALL_START in message["content"] for message in messages if is_trained(message))
+
+
+def called_names(rows):
+    """Return the names of the functions that the rows' trained answers call, the most frequent first."""
+    texts = (m["content"] for row in rows for m in row["messages"] if is_trained(m))
+    calls = (part for text in texts for part in tool_call.split_text(text)[0] if not isinstance(part, str))
+    return [name for name, _ in Counter(call.name for call in calls).most_common()]
 
 
 def answer_fingerprints(messages):

@@ -12,7 +12,7 @@ from tuner.training import adapter_weights
 
 NOT_FINITE = "base and adapter add up to weights that are not finite in bf16; check the two; nothing was kept"
 SHARD_SIZE = "5GB"
-GPU_ROOM = 1.2  # of the weights' size: what merging and answering six probes takes beside them
+GPU_ROOM = 1.2  # of the weights' size: what merging and answering a batch of probes takes beside them
 CPU_ROOM = 2.4  # the CPU computes in fp32: twice the bf16 weights, and the same room
 DISK_ROOM = 1.05  # of the weights' size, and DISK_BESIDE: tokenizer and configs
 DISK_BESIDE = 100e6

@@ -7,6 +7,8 @@ from huggingface_hub import ModelCardData
 
 from tuner.system.console import printable
 
+SHOWN_TOOLS = 20
+
 
 def model_card(name, revision, run, comparison):
     """Return the README.md of the merged model; run and comparison are {} where nothing is known.
@@ -20,7 +22,7 @@ def model_card(name, revision, run, comparison):
         front_matter,
         "---",
         "",
-        f"# {base}, tuned with QLoRA to answer a request for personal data with a tool call",
+        f"# {base}, tuned with QLoRA{purpose(run)}",
         "",
         f"Modified from {name or 'a Gemma 3 model'} (revision {code(revision or 'unknown')}): a LoRA adapter "
         "was merged into its text model. Gemma's terms of use apply: https://ai.google.dev/gemma/terms",
@@ -32,11 +34,23 @@ def model_card(name, revision, run, comparison):
     return "\n".join(lines) + "\n"
 
 
+def purpose(run):
+    """Return what a run's tools make of the title, nothing where it is not known which they are."""
+    tools = run.get("tools") if isinstance(run, dict) else None
+    if not isinstance(tools, list) or not tools:
+        return ""
+    return f" to call {code(tools[0]) if len(tools) == 1 else f'{len(tools)} tools'}"
+
+
 def describe_run(run):
     """Return lines on how the adapter was trained, by its run.json."""
     settings = {k: v for k, v in run["settings"].items() if k not in ("model", "data", "output")}
     kept, steps, bits = map(number, (run["kept_step"], run["steps"], run["bits"]))
+    tools = list(map(code, run.get("tools") or []))
+    if len(tools) > SHOWN_TOOLS:
+        tools[SHOWN_TOOLS:] = [f"and {len(tools) - SHOWN_TOOLS} more"]
     return [
+        *([f"- calls: {', '.join(tools)}"] if tools else []),
         f"- settings: {code(', '.join(f'{k} {v}' for k, v in settings.items()))}",
         f"- versions: {code(', '.join(f'{k} {v}' for k, v in run['versions'].items()))}",
         f"- rows: {number(run['rows']['all'])}, sha256 of the file {code(run['data_sha256'])}",

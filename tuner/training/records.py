@@ -16,6 +16,7 @@ RUN = {
     "kept_step": int,
     "steps": int,
     "rows": {"all": int},
+    "tools": [str],
     "settings": {},
     "versions": {},
 }
