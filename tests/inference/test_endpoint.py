@@ -15,7 +15,7 @@ import pytest
 
 import compare
 from tests.support.chat_server import Endpoint, calling, completion
-from tests.support.rows import GOOD, PROBES, USER, call, copy_questions
+from tests.support.rows import GOOD, PROBES, TOOLS, USER, call, copy_questions, row
 from tests.support.scripts import run_main
 from tuner.data import chat_rows, tool_call
 from tuner.inference import endpoint, judging
@@ -253,6 +253,58 @@ def test_every_function_that_the_rows_call_is_declared(serve, tmp_path):
     assert declared == [[NAME, "get_rate"]] * 7
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["rows"]["endpoint"]["right"]["recall"]["part"] == 1
+
+
+def test_tools_are_declared_as_the_rows_do_and_each_answer_has_the_tokens_of_its_own(serve, tmp_path):
+    """Of probes and rows: the first declaration of a name, before a name that is only called."""
+    schema = {"type": "object", "properties": {"note": {"type": "string"}}, "required": ["note"]}
+    other = {"type": "function", "function": {"name": "pay", "parameters": {"type": "object"}}}
+    pay = {"type": "function", "function": {"name": "pay", "description": "Pay.", "parameters": schema}}
+    long_call = tool_call.format_call("pay", {"note": "x" * 300})
+    probes = [row("Заплати", long_call), {**row("Баланс?", TAG), "tools": TOOLS}]
+    rows = [{**row("Ещё", long_call), "tools": [pay]}, {**row("И ещё", "y" * 500), "tools": [other]}]
+    for name, lines in (("probes.json", probes), ("rows.json", rows)):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
+    server = serve(lambda body: completion("x" * 128 * 81))
+    files = ("--probes", f"{tmp_path}/probes.json", "--data", f"{tmp_path}/rows.json")
+    assert run(server.url, *files, "--json", f"{tmp_path}/report.json") == 1
+    bodies = {body["messages"][-1]["content"]: body for _, _, _, body in server.requests if body}
+    for body in bodies.values():
+        assert sorted(body["tools"], key=lambda tool: tool["function"]["name"]) == [TOOLS[0], pay]
+    limits = [bodies[text]["max_tokens"] for text in ("Заплати", "Баланс?", "Ещё", "И ещё")]
+    assert limits == [len(long_call), 80, len(long_call), 250]
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    # 81 tokens' worth of letters are too many where 80 are allowed, and not where more are.
+    assert [len(probe["endpoint"]) for probe in report["probes"]] == [128 * 81, 128 * 80]
+    assert [failing["line"] for failing in report["rows"]["failing"]] == [1]
+
+
+def test_where_there_are_no_tools_none_are_declared_and_a_refusal_is_told_once(serve, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(row("Привет", "Да.")))
+    server = serve(lambda body: completion("Да."))
+    files = ("--probes", f"{tmp_path}/rows.json", "--data", f"{tmp_path}/rows.json")
+    assert run(server.url, *files) == 0
+    assert not any("tools" in body for _, _, _, body in server.requests if body)
+    server.failures = [LISTED, 400, 400]
+    with pytest.raises(UserError, match="rejects the request"):
+        run(server.url, *files)
+    assert len(server.failures) == 1
+
+
+def test_calls_that_come_as_text_where_others_come_parsed_are_listed(serve, capsys):
+    texts = [messages[-1]["content"] for messages, _ in ROWS]
+
+    def mixed(body):
+        asked = body["messages"][-1]["content"]
+        return (like_llama_cpp if asked in (texts[0], texts[2]) else like_vllm)(body)
+
+    calls = [number for number, (_, answer) in enumerate(ROWS, 1) if answer == TAG]
+    assert {1, 3} <= set(calls)
+    assert run(serve(mixed).url) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    places = f"{ROOT}/heldout.json:1, {ROOT}/heldout.json:3"
+    said = f"22 parsed tool_calls, 2 unparsed tags in text unparsed, while others are parsed: {places} "
+    assert said in output
 
 
 def test_a_row_of_two_calls_is_right_if_both_come_in_any_order(serve, tmp_path):
