@@ -38,14 +38,79 @@ def results(count):
     return [{"role": "user", "content": "а"}, calls, *answers, {"role": "assistant", "content": "б"}]
 
 
+def check_call(arguments, parameters, times=1):
+    """Check a call of f, which has these parameters: a schema, or the schemas of its properties."""
+    schema = parameters if "properties" in parameters else {"properties": parameters}
+    for _ in range(times):
+        declared = tool_arguments.schemas_of([{"function": {"name": "f", "parameters": schema}}])
+        tool_arguments.schema_fault(declared)
+        list(tool_arguments.faults("f", arguments, declared))
+
+
 def many_schemas(count):
-    schema = {
-        "properties": {"x": {"items": {"anyOf": [{"properties": {f"k{i}": {}}} for i in range(count)]}}}
-    }
-    return list(tool_arguments.faults("f", {"x": [{"a": None}] * count}, {"f": schema}))
+    branches = [{"properties": {f"k{i}": {}}} for i in range(count)]
+    check_call({"x": [{"a": None}] * count}, {"x": {"items": {"anyOf": branches}}})
 
 
+def same(count, schema):
+    return {f"k{i}": schema for i in range(count)}
+
+
+TEXT, DEEP = {"type": "string"}, {}
+for _ in range(300):
+    DEEP = {"a": DEEP}
+BOMB = {f"b{i}": {"allOf": [{"$ref": f"#/$defs/b{i + 1}"}] * 9} for i in range(60)} | {"b60": {}}
+MIXED = [{"a": i} if i % 2 else i for i in range(9_000)]
+BIG = [{"b": i} for i in range(20_000)]
+SCHEMAS = {
+    "values of an enum": lambda: check_call({"a": MIXED}, {"a": {"items": {"enum": MIXED[::-1]}}}),
+    "unique items": lambda: check_call({"a": MIXED}, {"a": {"uniqueItems": True}}),
+    "unique names": lambda: check_call({"a": 1}, {"properties": {}, "required": MIXED}),
+    "undeclared names": lambda: check_call(same(100_000, 1), {"a": TEXT}),
+    "names of the wrong type": lambda: check_call(same(6_000, 1), same(6_000, TEXT)),
+    "required names": lambda: check_call(
+        {"a": [{}] * 2_000}, {"a": {"items": {"properties": {}, "required": list(same(2_000, 1))}}}
+    ),
+    "references that branch": lambda: check_call(
+        {"a": 1}, {"properties": {"a": {"$ref": "#/$defs/b0"}}, "$defs": BOMB}, times=100
+    ),
+    "references in a circle": lambda: check_call(
+        {"a": 1}, {"a": {"anyOf": [{"$ref": "#/properties/a"}] * 9}}, times=100
+    ),
+    "references to nowhere": lambda: check_call(
+        {"a": 1}, {f"k{i}": {"$ref": f"#k{i}"} for i in range(6_000)}
+    ),
+    "references to an anchor": lambda: check_call(
+        same(2_000, 1), {"properties": same(2_000, {"$ref": "#x"}), "$defs": {"x": {"$anchor": "x"}}}
+    ),
+    "arguments that are nested": lambda: check_call(DEEP, {"a": {"$ref": "#"}}, times=100),
+    "types that are none": lambda: check_call({"a": 1}, same(4_000, {"type": "float"})),
+    "a pattern that backtracks": lambda: check_call(
+        {"a": ["a" * 50 + "b"] * 1_000}, {"a": {"items": {"pattern": "^(a|aa)+$"}}}, times=100
+    ),
+    "a pattern that backtracks in names": lambda: check_call(
+        {"a" * 50 + "b": 1}, {"properties": {}, "patternProperties": {"^(a|aa)+$": TEXT}}, times=100
+    ),
+    "a pattern that repeats": lambda: check_call({"a": "a"}, {"a": {"pattern": "(?:(?:a{999}){999}){999}"}}),
+    "a pattern that repeats, with a bracket in a comment": lambda: check_call(
+        {"a": "a"}, {"a": {"pattern": "(?:" * 5 + "a" + "(?#()){99}" * 5}}
+    ),
+    "patterns and names": lambda: check_call(
+        same(2_000, 1), {"properties": {}, "patternProperties": same(2_000, TEXT)}
+    ),
+    "a long text with many schemas": lambda: check_call(
+        {"a": "x" * 2_000_000}, {"a": {"anyOf": [{"type": "integer"}] * 3_000}}
+    ),
+    "a large value with many schemas": lambda: check_call(
+        {"a": [BIG]}, {"a": {"allOf": [{"minItems": 2}] * 2_000}}
+    ),
+    "items that are looked for": lambda: check_call(
+        {"a": BIG}, {"a": {"allOf": [{"contains": {"const": 1}}] * 300}}
+    ),
+    "calls of the same tool": lambda: check_call({"a": "x"}, {"a": TEXT}, times=4_000),
+}  # fmt: skip
 KINDS = {
+    **SCHEMAS,
     "a word of one script": lambda: warn_of("a" * 40_000),
     "a word of two scripts": lambda: warn_of("a" * 40_000 + "ж" * 40_000),
     "many words of two scripts": lambda: warn_of("aж " * 40_000),
