@@ -16,13 +16,13 @@ from collections import Counter
 from pathlib import Path
 
 from train_qlora import DATA_PATH, RECIPE, preprocess_function
-from tuner.data import chat_rows, chat_text, label_page, labels, row_warnings
-from tuner.inference.probes import HELD_OUT, PROBES, load_all
+from tuner.data import chat_rows, chat_text, label_page, labels, row_warnings, tool_survey, tool_warnings
+from tuner.inference.probes import HELD_OUT, PROBES, answer_faults
 from tuner.model import folders, hub, locate
 from tuner.model.access import check_model, find_tokenizer, is_downloadable
 from tuner.system import commands, console, hardware
 from tuner.system.console import colorize, printable
-from tuner.system.errors import UserError, rows_error
+from tuner.system.errors import UserError, join_errors, rows_error
 from tuner.system.scripts import run_script
 from tuner.training import adapter_folder, cost, memory_plan, run_plan
 
@@ -34,8 +34,7 @@ GREEN, RED, YELLOW, GRAY = 32, 31, 33, 90
 def main():
     """Check rows, labels, plan, cost and access, and print each; return the exit code."""
     args = parse_arguments()
-    data = chat_rows.load(args.data)
-    rows = list(zip(data.lines, data, strict=True))
+    data, rows, probes, held_out = read_files(args)
     wait_for_access = start_access_check(args.model, args.offline)  # the hub answers while rows are checked
     calls = sum(chat_text.has_call(row["messages"]) for _, row in rows)
     general = len(rows) - calls
@@ -43,8 +42,10 @@ def main():
     print(f"rows       {len(rows)} of {path}: {calls} with a call, {general} without", flush=True)
     if data.ignored_keys:
         print(f"ignored keys: {printable(', '.join(data.ignored_keys), 200)}")
-    warnings = row_warnings.warnings(rows, *read_judges(args.probes, args.data))
-    show_warnings(args.data, warnings)
+    tools = tool_survey.survey(rows, held_out, probes)
+    warnings = find_warnings(rows, held_out, probes, tools)
+    show_warnings({None: args.data, "held_out": args.held_out, "probes": args.probes}, warnings)
+    show_tools(tools, bool(probes or held_out))
 
     access = wait_for_access()
     tokenizer, source = find_tokenizer(args.model, is_downloadable(access))
@@ -56,7 +57,7 @@ def main():
     print(f"\nlabels     tokenizer of {console.one_line(source)}; trained tokens are {marked}")
     show_labels(choose_rows(rows, counts, args.rows), tokenizer)
     if args.html:
-        write_page(args.html, args.data, rows, warnings, tokenizer)
+        write_page(args.html, args.data, rows, [w for w in warnings if w.file is None], tokenizer)
 
     plan = run_plan.plan_run(rows, counts, RECIPE)
     plan_warnings = list(run_plan.warn_of_plan(plan, RECIPE))
@@ -99,30 +100,56 @@ def next_command(model, data):
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def read_judges(probes, data):
-    """Return the probes and the held-out rows as pairs (line, conversation), two lists.
+def read_files(args):
+    """Return (Rows, rows, probes, held-out rows), the last three as [(line, row), …].
 
-    Without a file of the default name there are none, nor if that is `data`, the very rows that are checked.
-    Raise UserError that lists all that compare.py cannot judge by.
+    Probes and held-out rows are not read if there is no file of the default name, or if it is the one that is
+    checked. Raise one UserError that lists all rows that cannot be trained on, or judged by.
     """
 
-    def is_read(path, default):
+    def load(path, flag, *more_faults):
+        try:
+            return chat_rows.load(path, flag, *more_faults)
+        except UserError as error:
+            errors.append(error)
+
+    def load_judge(path, flag, default):
         is_missing = path == default and not Path(path).exists()
-        return not is_missing and Path(path).resolve() != Path(data).resolve()
+        is_read = not is_missing and Path(path).resolve() != Path(args.data).resolve()
+        return load(path, flag, answer_faults) if is_read else None
 
-    files = [(probes, "--probes", PROBES), (HELD_OUT, "--data", HELD_OUT)]
-    read = [(path, flag) for path, flag, default in files if is_read(path, default)]
-    pairs = {q.path: list(zip(q.lines, q.conversations, strict=True)) for q in load_all(*read)}
-    return [pairs.get(path, []) for path, _, _ in files]
+    errors = []
+    data = load(args.data, "--data")
+    files = (
+        data,
+        load_judge(args.probes, "--probes", PROBES),
+        load_judge(args.held_out, "--held-out", HELD_OUT),
+    )
+    if errors:
+        raise join_errors(errors)
+    return data, *(list(zip(rows.lines, rows, strict=True)) if rows else [] for rows in files)
 
 
-def show_warnings(path, warnings):
-    """Print warnings, up to SHOWN_PER_KIND of each kind, with the turn that each is about."""
+def find_warnings(rows, held_out, probes, tools):
+    """Return [RowWarning, …] by file and line."""
+    judges = ([(line, row["messages"][:-1]) for line, row in file] for file in (probes, held_out))
+    warnings = [*row_warnings.warnings(rows, *judges), *tool_warnings.warnings(tools, held_out, probes)]
+    return sorted(warnings, key=lambda warning: (warning.file or "", warning.line))
+
+
+def show_tools(tools, is_judged):
+    """Print how many rows call each tool, and how many values its arguments have, if any is called."""
+    if any(tool.rows or tool.asked() for tool in tools.values()):
+        print("\n" + "\n".join(tool_survey.table(tools, is_judged)))
+
+
+def show_warnings(paths, warnings):
+    """Print warnings, up to SHOWN_PER_KIND of each kind, with the turn that each is about; paths: by file."""
     shown = Counter()
     for warning in warnings:
         shown[warning.kind] += 1
         if shown[warning.kind] <= SHOWN_PER_KIND:
-            place = f"{console.one_line(path)}:{warning.line}"
+            place = f"{console.one_line(paths[warning.file])}:{warning.line}"
             print(f"{place}: {colorize('warning', YELLOW)}: {printable(warning.text, 300)}")
             if warning.about is not None:
                 console.print_wrapped(warning.about, "    ", "    ")
@@ -237,6 +264,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Check rows, labels, plan, cost and access before training.")
     base = locate.default_model()
     parser.add_argument("--data", default=DATA_PATH, help="chat rows (default: %(default)s)")
+    parser.add_argument("--held-out", default=HELD_OUT, help="held-out rows (default: %(default)s)")
     parser.add_argument("--probes", default=PROBES, help="file of probes, as rows (default: %(default)s)")
     parser.add_argument("--model", default=base, help="folder or hub name of the base (default: %(default)s)")
     parser.add_argument(

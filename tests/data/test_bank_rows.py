@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.data import chat_rows, row_warnings, tool_arguments, tool_call
+from tuner.data import chat_rows, row_warnings, tool_arguments, tool_call, tool_survey, tool_warnings
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples/bank"
 TOOLS = ("get_balance", "get_exchange_rate", "find_payments", "block_card")
@@ -93,8 +93,10 @@ def test_all_calls_fit_the_schemas_of_their_tools(files):
 
 
 def test_no_row_deserves_a_warning(files):
-    judged = [*files["heldout"], *files["probes"]]
+    judged = [(line, row["messages"][:-1]) for name in ("heldout", "probes") for line, row in files[name]]
     assert row_warnings.warnings(files["rows"], held_out=judged) == []
+    tools = tool_survey.survey(files["rows"], files["heldout"], files["probes"])
+    assert tool_warnings.warnings(tools, files["heldout"], files["probes"]) == []
 
 
 def test_no_row_repeats_or_nearly_repeats_one_of_another_file(files):

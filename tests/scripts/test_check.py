@@ -87,7 +87,8 @@ def test_probes_are_rows_that_are_not_to_be_trained_on(tmp_path):
     def lines_of(*flags):
         flags = ["--data", "rows.json", "--offline", *flags]
         _, output, error = run_main(check.main, *flags, folder=tmp_path)
-        return [line for line in (error or output).splitlines() if "probe" in line or "heldout" in line]
+        lines = [line for line in (error or output).splitlines() if not line.startswith("tools ")]
+        return [line for line in lines if "probe" in line or "heldout" in line]
 
     turns = ("Мой баланс?", CALL, "А вчера?", CALL)
     (tmp_path / "rows.json").write_text("\n".join(json.dumps(one) for one in (row(*turns), row("б", "Да."))))
@@ -210,17 +211,84 @@ def test_held_out_rows_are_found_among_the_rows(tiny_text_model, tmp_path):
 
 def test_arguments_that_a_table_format_filled_in_fail_with_strict(tiny_text_model, tmp_path):
     rows = (ROOT / "examples.json").read_text(encoding="utf-8").rstrip("\n")
-    turns = row("Какой курс евро?", tool_call.format_call("get_rate", {"currency": "EUR", "day": None}))
+    call = tool_call.format_call("get_rate", {"currency": "EUR", "day": None})
     schema = {"properties": {"currency": {"type": "string"}, "day": {"type": "string"}}}
-    turns["tools"] = [{"type": "function", "function": {"name": "get_rate", "parameters": schema}}]
-    (tmp_path / "rows.json").write_text(f"{rows}\n{json.dumps(turns)}\n", encoding="utf-8")
+    tools = [{"type": "function", "function": {"name": "get_rate", "parameters": schema}}]
+
+    def write():
+        turns = [{**row(f"Евро {i**9}", call), "tools": tools} for i in range(2, 12)]
+        (tmp_path / "rows.json").write_text("\n".join([rows, *map(json.dumps, turns)]), encoding="utf-8")
+
+    write()
     arguments = ["--data", "rows.json", "--offline", "--model", tiny_text_model, "--strict"]
     code, out, _ = run_main(check.main, *arguments, folder=tmp_path)
     assert code == 1
     assert 'rows.json:71: warning: turn 2: "get_rate" is called with null for day, as table formats' in out
     schema["properties"]["day"]["nullable"] = True
-    (tmp_path / "rows.json").write_text(f"{rows}\n{json.dumps(turns)}\n", encoding="utf-8")
+    write()
     assert run_main(check.main, *arguments, folder=tmp_path)[0] == 0
+
+
+BANK = [
+    *("--data", ROOT / "examples/bank/rows.jsonl", "--held-out", ROOT / "examples/bank/heldout.jsonl"),
+    *("--probes", ROOT / "examples/bank/probes.jsonl"),
+]
+
+
+def test_the_example_with_several_tools_has_a_table_and_no_warnings(tiny_text_model, tmp_path):
+    arguments = [*BANK, "--strict", "--offline", "--model", tiny_text_model]
+    code, out, _ = run_main(check.main, *arguments, folder=tmp_path)
+    assert code == 0
+    assert "verdict    no warnings" in out
+    table = out[out.index("\ntools ") : out.index("\nlabels ")].split("\n")
+    assert [line.split() for line in table[1:5]] == [
+        ["tools", "rows", "held", "out", "probes", "values", "trained", "asked", "for", "new"],
+        ["get_balance", "34", "8", "2"],
+        ["account", "3", "3", "0"],
+        ["get_exchange_rate", "34", "9", "1"],
+    ]
+
+
+def test_what_is_wrong_with_held_out_rows_is_said_at_their_own_lines(tiny_text_model, tmp_path):
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps(row(f"вопрос {i}", CALL)) for i in range(12)))
+    rate = row("Курс?", tool_call.format_call("get_rate", {"day": "вчера"}))
+    schema = {"properties": {"day": {"type": "string", "format": "date"}}}
+    rate["tools"] = [{"type": "function", "function": {"name": "get_rate", "parameters": schema}}]
+    (tmp_path / "h.json").write_text("\n".join(map(json.dumps, [row("Привет", "Да."), rate])))
+    (tmp_path / "p.json").write_text("\n\n" + json.dumps(rate))
+    arguments = ["--data", "rows.json", "--held-out", "h.json", "--probes", "p.json"]
+    arguments += ["--offline", "--model", tiny_text_model, "--html", "l.html"]
+    _, out, _ = run_main(check.main, *arguments, folder=tmp_path)
+    page = (tmp_path / "l.html").read_text(encoding="utf-8")
+    for place in ("h.json:2", "p.json:3"):
+        wanted = 'turn 2: "get_rate" is called with day: "вчера", but "tools" wants a date such as'
+        assert f"\n{place}: warning: {wanted}" in out
+        assert f'\n{place}: warning: calls "get_rate", which is never trained' in out
+        assert "вчера" not in page
+    assert "rows.json:1: warning: no held-out row or probe calls" in out
+    assert "no held-out row or probe calls" in page
+
+
+def test_all_faults_of_all_files_are_listed_at_once(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(row("а", "Да.")) + "\n{}")
+    for name in ("h.json", "p.json"):
+        (tmp_path / name).write_text("\n".join(json.dumps(row("а", f"<tool_call{i}")) for i in (" ", ">")))
+    arguments = ["--data", "rows.json", "--held-out", "h.json", "--probes", "p.json", "--offline"]
+    code, out, errors = run_main(check.main, *arguments, folder=tmp_path)
+    assert (code, out) == (1, "")
+    assert [line.split(": ")[0] for line in errors.splitlines()] == [
+        *("rows.json:2", "p.json:1", "p.json:2", "h.json:1", "h.json:2")
+    ]
+    code, _, errors = run_main(check.main, "--held-out", "nope.json", folder=tmp_path)
+    assert (code, errors.splitlines()[-1]) == (1, "nope.json: no such file; name it with --held-out")
+
+
+def test_without_calls_there_is_no_table(tiny_text_model, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(row("Привет", "Да.")))
+    arguments = ["--data", "rows.json", "--offline", "--model", tiny_text_model]
+    code, out, _ = run_main(check.main, *arguments, folder=tmp_path)
+    assert code == 0
+    assert "tools" not in out
 
 
 def test_ignored_keys_are_listed_once(tiny_text_model, tmp_path):

@@ -35,6 +35,7 @@ class RowWarning(NamedTuple):
     text: str
     about: str | None = None  # the turn that it is about, or the part of it
     row: dict | None = None  # None for all of them; several may stand on one line
+    file: str | None = None  # "held_out" or "probes", None for the rows that are trained on
 
 
 def prompt_of(row):
