@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from train_qlora import OUTPUT_DIR
+from tuner.inference import gate
 from tuner.inference.probes import HELD_OUT, PROBES, load_questions
 from tuner.model import folders, gemma_folder, locate
 from tuner.system import atomic, commands, output_folder, signals
@@ -171,10 +172,15 @@ def merge(args, output, run, comparison, probes):
 
 def print_next(output, comparison, probes):
     """Print what to type next: the verdict on the merged model, by what the adapter was judged by."""
-    data = comparison.get("data")  # what the adapter was judged by
-    probes = None if probes == PROBES else probes
-    data = data if isinstance(data, str) and data != HELD_OUT and os.path.isfile(data) else None
-    print(f"next       {commands.command('compare.py', merged=output, probes=probes, data=data)}")
+    data = comparison.get("data")
+    asked = (comparison.get("gate") or {}).get("asked") or {}
+    flags = {
+        "probes": None if probes == PROBES else probes,
+        "data": data if isinstance(data, str) and data != HELD_OUT and os.path.isfile(data) else None,
+    }
+    defaults = {"min_f1": gate.MIN_F1, "max_false_calls": gate.MAX_FALSE_CALLS}
+    flags |= {name: asked.get(name) for name, default in defaults.items() if asked.get(name) != default}
+    print(f"next       {commands.command('compare.py', merged=output, **flags)}")
 
 
 if __name__ == "__main__":

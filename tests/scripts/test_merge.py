@@ -405,12 +405,20 @@ def test_the_next_command_is_the_verdict_on_what_was_merged(text_adapter, tmp_pa
     adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
     (tmp_path / "my rows.json").touch()
     mine = f"{tmp_path}/my rows.json"
-    for judged_by, named in (("heldout.json", ""), (f"{tmp_path}/gone.json", ""), (mine, mine)):
-        (adapter / "compare.json").write_text(json.dumps({"data": judged_by}))
+    defaults = {"asked": {"min_f1": 0.9, "max_false_calls": 0.1}}
+    for judged_by, flags in (
+        ({"data": "heldout.json", "gate": defaults}, ""),
+        ({"data": f"{tmp_path}/gone.json"}, ""),
+        (
+            {"data": None, "gate": {"asked": {"min_f1": None, "max_false_calls": 0.25}}},
+            " --max-false-calls 0.25",
+        ),
+        ({"data": mine, "gate": {"asked": {"min_f1": 0.5}}}, f" --data '{mine}' --min-f1 0.5"),
+    ):
+        (adapter / "compare.json").write_text(json.dumps(judged_by))
         stdout = run_well(adapter, tmp_path / "it's", "--overwrite")
-        data_flag = f" --data '{named}'" if named else ""
         quoted = str(tmp_path / "it's").replace("'", "'\"'\"'")
-        assert stdout.endswith(f"\nnext       python compare.py --merged '{quoted}'{data_flag}\n")
+        assert stdout.endswith(f"\nnext       python compare.py --merged '{quoted}'{flags}\n")
 
 
 def test_any_probes_are_answered_before_and_after_and_named_in_what_to_type_next(

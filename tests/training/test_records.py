@@ -35,13 +35,16 @@ WRONG = {
     "versions": ([["torch", 1]], "x"),
     "passed": ("five", [5], 1e30, float("inf")),
     "probes": (6, "six", {"a": 1}, [1]),
+    "gate": (1, [], {"asked": 1}, {"asked": {"min_f1": "1 --json x"}}, {"asked": {"max_false_calls": True}}),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_value_of_another_type_is_named(tmp_path, name):
     path = tmp_path / "record.json"
-    good, form = (COMPARISON, records.COMPARISON) if name in ("passed", "probes") else (RUN, records.RUN)
+    good, form = (
+        (COMPARISON, records.COMPARISON) if name in ("passed", "probes", "gate") else (RUN, records.RUN)
+    )
     for value in WRONG[name]:
         path.write_text(json.dumps({**good, name: value}))
         with pytest.raises(UserError) as error:

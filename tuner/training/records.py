@@ -22,7 +22,13 @@ RUN = {
 }
 RATE = {"part": int, "whole": int, "value": float}
 RATES = {"decision": {"false_call_rate": RATE}}  # not "right", which was a number in older ones
-COMPARISON = {"bits": int, "passed": int, "probes": [{}], "rows": {"tuned": RATES, "base": RATES}}
+COMPARISON = {
+    "bits": int,
+    "passed": int,
+    "probes": [{}],
+    "rows": {"tuned": RATES, "base": RATES},
+    "gate": {"asked": {"min_f1": float, "max_false_calls": float}},
+}
 
 
 def read(path, form, cure):
