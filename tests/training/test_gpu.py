@@ -249,12 +249,13 @@ def test_compare_answers_from_the_gpu(folder, adapter, bits):
 def test_a_graph_decodes_what_its_kernels_do_launched_one_by_one(tmp_path, monkeypatch, bits):
     adapter = write_tiny_adapter(tmp_path / "adapter", write_tiny_model(tmp_path / "base"))
     model, tokenizer, _ = generation.load_tuned(adapter, bits, quantization_config)
-    asked = load_questions(ROOT / PROBES).conversations
+    asked, limits = load_questions(ROOT / PROBES).conversations, [80, 33, 80, 7, 120, 80]
 
     def answers():
-        tuned = generation.answer_all(model, tokenizer, asked)
+        tuned = generation.answer_all(model, tokenizer, asked, limits=limits)
         with model.disable_adapter():
-            return [answer.ids for answer in tuned + generation.answer_all(model, tokenizer, asked)]
+            base = generation.answer_all(model, tokenizer, asked, limits=limits)
+        return [answer.ids for answer in tuned + base]
 
     def gap(number, one, other):
         """How far apart the logits of the tokens are where two answers part, in deviations of all logits."""
