@@ -1,7 +1,7 @@
 """Check all that can be known before a GPU is rented: are the rows right, what exactly will be learned, how
 long will it take, what will it cost, and may the model be downloaded?
 
-    python check.py                           rows, labels, plan, cost, access, in seconds, on a laptop
+    python check.py                           rows, tools, labels, plan, cost, access, in seconds, on a laptop
     python check.py --html labels.html        every row as the model will see it, as one page
 
 Exits with 0 if the rows can be trained on, 1 if not (--strict: if there is any warning), 2 for wrong flags.

@@ -14,6 +14,8 @@ from tuner.data import (
     row_warnings,
     tool_arguments,
     tool_call,
+    tool_survey,
+    tool_warnings,
 )
 
 SECONDS = 2  # of this process; by pairs it is 2.5 to 60, without at most 0.5
@@ -47,6 +49,15 @@ def check_call(arguments, parameters, times=1):
         list(tool_arguments.faults("f", arguments, declared))
 
 
+def survey(arguments, schema):
+    """Count what a call of f has, and look for what nothing judges."""
+    one = row("а", tool_call.format_call("f", arguments))
+    one["tools"] = [{"function": {"name": "f", "parameters": {**schema, "$defs": BOMB}}}]
+    tools = tool_survey.survey([(1, one)], [(1, one)])
+    tool_survey.table(tools)
+    tool_warnings.warnings(tools, [(1, one)], [])
+
+
 def many_schemas(count):
     branches = [{"properties": {f"k{i}": {}}} for i in range(count)]
     check_call({"x": [{"a": None}] * count}, {"x": {"items": {"anyOf": branches}}})
@@ -60,6 +71,7 @@ TEXT, DEEP = {"type": "string"}, {}
 for _ in range(300):
     DEEP = {"a": DEEP}
 BOMB = {f"b{i}": {"allOf": [{"$ref": f"#/$defs/b{i + 1}"}] * 9} for i in range(60)} | {"b60": {}}
+CIRCLE = {"anyOf": [{"$ref": "#/properties/a/items"}, {"$ref": "#/$defs/b0"}] * 9}
 MIXED = [{"a": i} if i % 2 else i for i in range(9_000)]
 BIG = [{"b": i} for i in range(20_000)]
 SCHEMAS = {
@@ -91,6 +103,9 @@ SCHEMAS = {
     "a pattern that backtracks in names": lambda: check_call(
         {"a" * 50 + "b": 1}, {"properties": {}, "patternProperties": {"^(a|aa)+$": TEXT}}, times=100
     ),
+    "a pattern of brackets": lambda: check_call(
+        {"a": "a"}, {f"k{i}": {"pattern": "[" * (9_000 + i)} for i in range(9)}
+    ),
     "a pattern that repeats": lambda: check_call({"a": "a"}, {"a": {"pattern": "(?:(?:a{999}){999}){999}"}}),
     "a pattern that repeats, with a bracket in a comment": lambda: check_call(
         {"a": "a"}, {"a": {"pattern": "(?:" * 5 + "a" + "(?#()){99}" * 5}}
@@ -107,6 +122,8 @@ SCHEMAS = {
     "items that are looked for": lambda: check_call(
         {"a": BIG}, {"a": {"allOf": [{"contains": {"const": 1}}] * 300}}
     ),
+    "names that are counted": lambda: survey(same(50_000, 1), {"properties": BOMB}),
+    "values that are counted": lambda: survey({"a": MIXED * 9}, {"properties": {"a": {"items": CIRCLE}}}),
     "calls of the same tool": lambda: check_call({"a": "x"}, {"a": TEXT}, times=4_000),
 }  # fmt: skip
 KINDS = {

@@ -21,8 +21,8 @@ WRONG = '"f" is called with {}, but "tools" wants {}; correct one of them'
 INVALID = 'the schema of "f" in "tools" is invalid: {}; correct it'
 TYPES = '"object", "array", "string", "integer", "number", "boolean", "null"'
 UNCHECKED = (
-    '"f" is called, but its schema in "tools" cannot be checked: it refers to itself without end, or is too '
-    "complex; simplify it"
+    '"f" is called, but its schema in "tools" cannot be checked: it refers to itself without end, or to '
+    "nothing, or is too complex; simplify it"
 )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.rows import row
-from tuner.data import schema_choices, tool_call, tool_survey, tool_warnings
+from tuner.data import schema_choices, tool_arguments, tool_call, tool_survey, tool_warnings
 
 TEXT = {"type": "string"}
 CLOSED = {"enum": ["card", "loan", None]}
@@ -66,8 +66,9 @@ def test_a_tool_that_is_judged_and_never_trained_is_told_in_each_file_that_asks_
     held_out = [ask("Раз"), ask("Два", "g"), ask("Три", "g")]
     assert warnings_of(many(10), held_out, [ask("Раз", "g")]) == [
         'held_out:2 calls "g", which is never trained (2 rows of this file call it); add rows that call it, '
-        "or remove this",
-        'probes:1 calls "g", which is never trained; add rows that call it, or remove this',
+        "remove this, or name another file with --held-out",
+        'probes:1 calls "g", which is never trained; add rows that call it, remove this, or name another '
+        "file with --probes",
     ]
 
 
@@ -89,6 +90,7 @@ CASES = {
     ),
     "a closed set, all asked for": ([("card", 6), ("loan", 4)], CLOSED, ["card", "loan"], None),
     "a closed set, one value never trained": ([("card", 10)], CLOSED, ["card"], None),
+    "a closed set, and one that is none of it": ([("card", 9), ("cards", 1)], CLOSED, ["card"], None),
     "true and false": (
         [(True, 5), (False, 5)], {"type": ["boolean", "null"]}, [True],
         'rows:1 no held-out row or probe calls "f" with account false; add some that do',
@@ -133,6 +135,15 @@ def test_values_that_nothing_judges_or_that_can_be_learned_by_heart_are_told_onc
     ]
     held_out = [ask("ещё", "f", {} if value is None else {"account": value}, properties) for value in asked]
     assert warnings_of(rows, held_out[:1], held_out[1:]) == ([says] if says else [])
+
+
+def test_the_first_valid_schema_says_what_is_a_closed_set():
+    rows = [
+        ask("Раз", "f", ACCOUNT, {"account": {"type": "str"}}),
+        ask("Два", "f", ACCOUNT),
+        *many(10, "f", ACCOUNT, {"account": CLOSED}),
+    ]
+    assert warnings_of(rows, [ask("Раз", "f", ACCOUNT)]) == []
 
 
 def test_nested_arguments_have_dotted_paths():
@@ -180,8 +191,14 @@ def test_a_closed_set_is_what_the_schema_says(schema, values):
     definitions = {"kind": {"enum": ["x"]}, "circle": {"anyOf": [{"$ref": "#/$defs/circle"}] * 2}}
     inner = {"allOf": [{"properties": {"a": schema}}]}
     root = {"properties": {"list": {"items": inner}}, "$defs": definitions}
-    assert schema_choices.choices(root, ("list", "[]", "a")) == values
-    assert schema_choices.choices(root, ("list", "b")) is None
+    assert schema_choices.choices(root, ("list", "[]", "a")) == (True, values)
+    assert schema_choices.choices(root, ("list", "b")) == (False, None)
+
+
+def test_of_two_tools_with_one_name_in_a_row_the_first_is_used():
+    tools = [{"function": {"name": "f", "parameters": {"properties": {key: TEXT}}}} for key in "ab"]
+    [fault] = tool_arguments.faults("f", {"a": "1", "b": "2"}, tool_arguments.schemas_of(tools))
+    assert fault == '"f" is called with b, which "tools" does not declare; add it there'
 
 
 def test_the_table_counts_rows_and_values():
@@ -209,10 +226,10 @@ def test_the_table_counts_rows_and_values():
 
 
 def test_the_table_is_bounded_and_printable():
-    names = ["\x1b[2Jк" * 40, *(f"tool{i}" for i in range(300))]
-    arguments = {f"k{i}": i for i in range(1000)}
+    names = ["\x1b[2Jк" * 40, *(f"tool{i}" for i in range(60))]
+    arguments = {f"k{i}": i for i in range(15)}
     lines = tool_survey.table(tool_survey.survey(numbered([ask("Раз", name, arguments) for name in names])))
     assert len(lines) <= 1 + tool_survey.SHOWN_TOOLS * (tool_survey.SHOWN_ARGUMENTS + 2) + 1
     assert all(line.isprintable() and len(line) < 110 for line in lines)
-    assert lines[-1] == "… and 251 more"
-    assert "  … and 188 more" in lines
+    assert lines[-1] == "… and 11 more"
+    assert "  … and 3 more" in lines

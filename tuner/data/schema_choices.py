@@ -4,16 +4,17 @@ MAX_PARTS = 200  # of a schema to look into for one argument
 
 
 def choices(root, path):
-    """Return the values, but for null, that a schema names for an argument, None if it allows others too.
+    """Return (whether a schema declares an argument, the values that it names, but for null).
 
-    path: the keys that lead to it, with "[]" for a list's items.
+    path: the keys that lead to it, with "[]" for a list's items. The values are None if it allows others too.
     """
     looker = _Looker(root)
     schemas = [root]
     for key in path:
         schemas = [inner for schema in schemas for inner in looker.inner(schema, key)]
     found = [looker.choices(schema) for schema in schemas]
-    return None if not found or None in found else [value for values in found for value in values]
+    values = None if not found or None in found else [value for values in found for value in values]
+    return bool(found), values
 
 
 class _Looker:

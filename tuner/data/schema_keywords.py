@@ -113,6 +113,8 @@ def _count_copies(pattern):
         elif token[0] == ")":
             last = total + 1
             total = last + (outer.pop() if outer else 0)
+        elif token[0] == "[":  # one that is not closed, so this is no pattern
+            break
         elif token["times"]:
             more = min(last * (int(token["times"]) - 1), MAX_COPIES + 1)
             total, last = total + more, last + more

@@ -25,8 +25,10 @@ def schemas_of(tools):
 
 @lru_cache(KEPT)
 def _schemas_of(source):
-    functions = [tool["function"] for tool in json.loads(source)]
-    return {one["name"]: tool_schemas.schema_of(json.dumps(one.get("parameters"))) for one in functions}
+    functions = {}  # of several with the same name, the first
+    for tool in json.loads(source):
+        functions.setdefault(tool["function"]["name"], tool["function"].get("parameters"))
+    return {name: tool_schemas.schema_of(json.dumps(parameters)) for name, parameters in functions.items()}
 
 
 def schema_fault(declared):
@@ -53,7 +55,7 @@ def faults(name, arguments, declared):
     try:
         found = declared[name].check(arguments)
     except UncheckableError:
-        cure = "it refers to itself without end, or is too complex; simplify it"
+        cure = "it refers to itself without end, or to nothing, or is too complex; simplify it"
         yield f'{shown} is called, but its schema in "tools" cannot be checked: {cure}'
         return
     yield from _null_faults(shown, found.nulls)

@@ -25,16 +25,14 @@ UNITS, UNITS_PER_CALL, UNITS_PER_NODE = 1000, 300, 25
 ROUNDS = 4  # in which what is no JSON Schema is cut out
 KEPT = 4096  # schemas
 OPEN = {"additionalProperties": True, "nullable": True}  # added where what may be there is not known
-OPENED_BY = (
-    "allOf",
-    "anyOf",
-    "oneOf",
+OPENED_BY = {
+    *schema_keywords.BRANCHES,
     "if",
     "then",
     "else",
     "additionalProperties",
     *REFERENCES,
-)  # if cut out
+}  # if cut out
 REGISTRY = validators.SPECIFICATIONS.combine(referencing.Registry())  # which retrieves nothing
 
 

@@ -42,8 +42,8 @@ class ToolUse:
     """What rows do with a tool.
 
     rows, held_out, probes: the rows of each file that call it, [(line, row), …]. declared: the first of those
-    to be trained on whose "tools" have it, None if none has. schema: its Schema in the first row that calls
-    and declares it, or None. arguments: {keys, with "[]" for a list's items: ArgumentUse}.
+    to be trained on whose "tools" have it, None if none has. schema: its first valid Schema in a row that
+    calls it, or None. arguments: {keys, with "[]" for a list's items: ArgumentUse}.
     """
 
     def __init__(self):
@@ -57,10 +57,10 @@ class ToolUse:
     def closed_values(self, path):
         """Return the trained values of an argument that are one of a closed set, or None for a free value."""
         use = self.arguments[path]
-        named = choices(self.schema.validator.schema, path) if self.schema else None
-        if named is not None:
-            return list(use.trained.values()) if len(named) <= MAX_CHOICES else None
-        if self.schema or len(use.trained) > MAX_CHOICES:
+        is_declared, named = choices(self.schema.validator.schema, path) if self.schema else (False, None)
+        if named is not None and len(named) <= MAX_CHOICES:
+            return [use.trained[key] for key in map(key_of, named) if key in use.trained]
+        if is_declared or len(use.trained) > MAX_CHOICES:
             return None
         return [use.trained[key] for key, rows in use.rows.items() if rows >= MIN_ROWS]
 
@@ -81,7 +81,8 @@ def survey(rows, held_out=(), probes=()):
             for name in values:
                 tool = tools.setdefault(name, ToolUse())
                 getattr(tool, file).append((line, row))
-                tool.schema = tool.schema or declared.get(name)
+                if not tool.schema and name in declared and not declared[name].fault:
+                    tool.schema = declared[name]
                 for (path, _), value in values[name].items():
                     if path in tool.arguments or len(tool.arguments) < MAX_ARGUMENTS:
                         tool.arguments.setdefault(path, ArgumentUse()).count(value, file)

@@ -42,7 +42,8 @@ def warn_of_counts(name, tool, is_judged):
     for file, rows in ((HELD_OUT, tool.held_out), (PROBES, tool.probes)):
         if rows and not count:
             more = f" ({len(rows)} rows of this file call it)" if len(rows) > 1 else ""
-            text = f"calls {shown}, which is never trained{more}; add rows that call it, or remove this"
+            cure = f"add rows that call it, remove this, or name another file with --{file.replace('_', '-')}"
+            text = f"calls {shown}, which is never trained{more}; {cure}"
             yield RowWarning(rows[0][0], "tool", text, row=rows[0][1], file=file)
 
 
