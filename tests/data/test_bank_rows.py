@@ -67,12 +67,12 @@ def leaves(value):
 @pytest.mark.parametrize(
     ("name", "arguments", "fault"),
     [
-        ("get_balance", {"account": "loan"}, '"loan", but "tools" wants one of "card", "savings", "credit"'),
+        ("get_balance", {"account": "loan"}, "'loan' is not one of ['card', 'savings', 'credit']"),
         ("get_exchange_rate", {"date": "2026-01-15"}, 'without currency, which "tools" requires'),
-        ("get_exchange_rate", {"currency": "EUR", "date": "15.01.2026"}, 'wants a date such as 2026-01-31'),
-        ("find_payments", {"filter": {"min_amount": "5"}}, 'filter.min_amount: "5", but "tools" wants a n'),
-        ("find_payments", {"filter": {}, "limit": 0}, 'limit: 0, but "tools" wants at least 1'),
-        ("block_card", {"last_digits": "123", "reason": "lost"}, '"123", but "tools" wants what matches'),
+        ("get_exchange_rate", {"currency": "EUR", "date": "15.01.26"}, "date: '15.01.26' is not a 'date'"),
+        ("find_payments", {"filter": {"min_amount": "5"}}, "filter.min_amount: '5' is not of type 'number'"),
+        ("find_payments", {"filter": {}, "limit": 0}, "limit: 0 is less than the minimum of 1"),
+        ("block_card", {"last_digits": "123", "reason": "lost"}, "'123' does not match"),
         ("block_card", {"last_digits": "1234", "reason": "lost", "now": "yes"}, 'with now, which "tools" do'),
     ],
 )  # fmt: skip
@@ -87,7 +87,7 @@ def test_all_calls_fit_the_schemas_of_their_tools(files):
         for line, row in rows:
             declared = tool_arguments.schemas_of(row["tools"])
             assert tuple(declared) == TOOLS
-            assert tool_arguments.schema_fault(declared) is None
+            assert not any(schema.fault for schema in declared.values())
             for _, call in calls_of(row):
                 assert not list(tool_arguments.faults(call.name, call.arguments, declared)), (name, line)
 

@@ -45,7 +45,6 @@ def check_call(arguments, parameters, times=1):
     schema = parameters if "properties" in parameters else {"properties": parameters}
     for _ in range(times):
         declared = tool_arguments.schemas_of([{"function": {"name": "f", "parameters": schema}}])
-        tool_arguments.schema_fault(declared)
         list(tool_arguments.faults("f", arguments, declared))
 
 

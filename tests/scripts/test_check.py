@@ -261,7 +261,7 @@ def test_what_is_wrong_with_held_out_rows_is_said_at_their_own_lines(tiny_text_m
     _, out, _ = run_main(check.main, *arguments, folder=tmp_path)
     page = (tmp_path / "l.html").read_text(encoding="utf-8")
     for place in ("h.json:2", "p.json:3"):
-        wanted = 'turn 2: "get_rate" is called with day: "вчера", but "tools" wants a date such as'
+        wanted = """turn 2: "get_rate" is called with day: 'вчера' is not a 'date'; correct"""
         assert f"\n{place}: warning: {wanted}" in out
         assert f'\n{place}: warning: calls "get_rate", which is never trained' in out
         assert "вчера" not in page

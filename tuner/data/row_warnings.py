@@ -165,8 +165,6 @@ def warn_of_calls(rows):
     names, keys = defaultdict(list), defaultdict(list)  # spelling → [(line, turn, row), …]
     for line, row in rows:
         declared = tool_arguments.schemas_of(row.get("tools"))
-        if fault := tool_arguments.schema_fault(declared):
-            yield RowWarning(line, "schema", fault, row=row)
         for number, message in enumerate(row["messages"], 1):
             text = message["content"].strip()
             if not chat_text.is_trained(message) or not tool_call.looks_like_call(text):

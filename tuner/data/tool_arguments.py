@@ -1,42 +1,118 @@
 """Compare a call with what its row's `tools` declare: its name, and its arguments with their JSON Schema.
 
-Null, which table formats fill in, is as good as nothing where a schema does not name it.
+jsonschema decides about values. Two things are OpenAI's and not its: no names are meant but those that
+"properties" has; and null, which table formats fill in, is as good as nothing. Strangers write the schemas:
+nothing is fetched, and one that takes too long to check is given up.
 """
 
 import json
+import re
 from functools import lru_cache
 
-from tuner.data import schema_words, tool_schemas
-from tuner.data.schema_keywords import UncheckableError
-from tuner.data.schema_words import SHOWN
-from tuner.data.tool_schemas import KEPT
+import referencing
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
 from tuner.system.console import printable
+from tuner.system.signals import OutOfTimeError, time_limit
+
+SHOWN = 5  # faults of values, or names, in a warning
+LETTERS = 150  # of what jsonschema says
+SECONDS = 0.2  # of CPU, for one schema or one call; most take a thousandth of that
+KEPT = 4096  # schemas
+COMBINED = ("allOf", "anyOf", "oneOf", "if", "dependentSchemas")
+OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties", *COMBINED)
+REGISTRY = referencing.Registry()  # which fetches nothing
+META_SCHEMA = Draft202012Validator(Draft202012Validator.META_SCHEMA)
+REASONS = {
+    OutOfTimeError: "it takes too long to check",
+    RecursionError: "it is nested too deeply, or refers to itself",
+    referencing.exceptions.Unresolvable: "it refers to what is not in it",
+    re.error: "a pattern in it is no regular expression",
+}
+
+
+class Schema:
+    """The parameters of a tool. fault: why arguments cannot be checked by them, None if they can.
+
+    root: them as JSON Schema, without null keywords, and closed where OpenAI's tools mean it; {} at a fault.
+    """
+
+    def __init__(self, source):
+        """source: the parameters as JSON text."""
+        self.root, self.fault = {}, None
+        self.attempt(self._read, source)
+        formats = Draft202012Validator.FORMAT_CHECKER  # of date, email and the like
+        self.validator = Draft202012Validator(self.root, registry=REGISTRY, format_checker=formats)
+
+    def _read(self, source):
+        root = _without_nulls({} if source == "null" else json.loads(source))
+        error = best_match(META_SCHEMA.iter_errors(root))
+        if error or not isinstance(root, dict):
+            self.fault = _describe(error) if error else "it is no object"
+            return
+        if not any(key in root for key in (*OPEN, "$ref")):
+            root.setdefault("properties", {})
+        _close(root, is_shared="allOf" in source)
+        self.root = root
+
+    def errors(self, arguments):
+        """Return jsonschema's errors of a call's arguments; none, and a fault, if they cannot be checked."""
+
+        def check():
+            errors = [best_match([error]) for error in self.validator.iter_errors(arguments)]
+            return sorted(errors, key=lambda error: list(map(str, error.absolute_path)))
+
+        return [] if self.fault else self.attempt(check) or []
+
+    def attempt(self, work, *arguments):
+        """Return work(*arguments); None, and a `fault`, if a stranger's schema makes it fail."""
+        try:
+            with time_limit(SECONDS):
+                return work(*arguments)
+        except tuple(REASONS) as error:
+            self.fault = next(reason for kind, reason in REASONS.items() if isinstance(error, kind))
+
+
+def _without_nulls(schema):
+    """Return a schema without keywords and properties of null, as table formats fill them in."""
+    if isinstance(schema, dict):
+        if schema.get("nullable") is True and isinstance(schema.get("type"), str):  # OpenAPI's
+            schema = {**schema, "type": [schema["type"], "null"]}
+        return {key: _without_nulls(value) for key, value in schema.items() if value is not None}
+    return list(map(_without_nulls, schema)) if isinstance(schema, list) else schema
+
+
+def _close(schema, is_shared):
+    """Forbid other names than those in "properties" where a schema says nothing of others.
+
+    Not in the parts of an "allOf" or "anyOf", which may allow each other's; is_shared: whether what "$ref"
+    refers to may be a part of an "allOf".
+    """
+    if not isinstance(schema, dict):
+        return
+    if "properties" in schema and not any(key in schema for key in OPEN):
+        schema["additionalProperties"] = False
+    inner = list(schema.get("properties", {}).values())
+    inner += [schema[key] for key in ("items", "additionalProperties") if key in schema]
+    if not is_shared:
+        inner += [one for key in ("$defs", "definitions") for one in schema.get(key, {}).values()]
+    for one in inner:
+        _close(one, is_shared)
 
 
 def schemas_of(tools):
     """Return {name: Schema} of a row's `tools`, OpenAI's list; None if it has none."""
     if tools is None:
         return None
-    try:
-        return _schemas_of(json.dumps(tools))
-    except RecursionError:
-        return {tool["function"]["name"]: tool_schemas.TOO_DEEP for tool in tools}
+    schemas = {}
+    for function in (tool["function"] for tool in tools):
+        if function["name"] not in schemas:
+            schemas[function["name"]] = _schema(json.dumps(function.get("parameters")))
+    return schemas
 
 
-@lru_cache(KEPT)
-def _schemas_of(source):
-    functions = {}  # of several with the same name, the first
-    for tool in json.loads(source):
-        functions.setdefault(tool["function"]["name"], tool["function"].get("parameters"))
-    return {name: tool_schemas.schema_of(json.dumps(parameters)) for name, parameters in functions.items()}
-
-
-def schema_fault(declared):
-    """Return what is wrong with the first invalid one of {name: Schema}, None if all are valid."""
-    for name, schema in (declared or {}).items():
-        if schema.fault:
-            return f'the schema of "{printable(name)}" in "tools" is invalid: {schema.fault}; correct it'
-    return None
+_schema = lru_cache(KEPT)(Schema)
 
 
 def faults(name, arguments, declared):
@@ -45,57 +121,66 @@ def faults(name, arguments, declared):
     declared: {name: Schema} (schemas_of). Where it is None, null is all that is likely wrong.
     """
     shown = f'"{printable(name)}"'
-    if declared is None:
-        nulls = [path for path, value in tool_schemas.measure(arguments)[0] if value is None]
-        yield from _null_faults(shown, nulls)
-        return
-    if name not in declared:
+    if declared is not None and name not in declared:
         yield f'calls {shown}, which "tools" does not declare; add it there'
         return
-    try:
-        found = declared[name].check(arguments)
-    except UncheckableError:
-        cure = "it refers to itself without end, or to nothing, or is too complex; simplify it"
-        yield f'{shown} is called, but its schema in "tools" cannot be checked: {cure}'
-        return
-    yield from _null_faults(shown, found.nulls)
-    if found.undeclared:
-        cure = 'which "tools" does not declare; add it there'
-        yield f"{shown} is called with {_list(found.undeclared)}, {cure}"
-    if found.missing:
-        yield f'{shown} is called without {_list(found.missing)}, which "tools" requires; add it'
-    yield from _value_faults(shown, found.errors)
-
-
-def _null_faults(shown, nulls):
+    nulls, undeclared, missing, values = [], [], [], []
+    if declared is None:
+        nulls = [path for path, value in nodes(arguments) if value is None]
+    for error in declared[name].errors(arguments) if declared else ():
+        path = tuple("[]" if isinstance(key, int) else key for key in error.absolute_path)
+        if error.validator == "required":
+            missing += [(*path, key) for key in error.validator_value if key not in error.instance]
+        elif error.validator == "additionalProperties" and "patternProperties" not in error.schema:
+            for key, value in error.instance.items():
+                if key not in error.schema.get("properties", {}):
+                    (nulls if value is None else undeclared).append((*path, key))
+        elif error.instance is None:
+            nulls.append(path)
+        else:
+            values.append(_describe(error))
+    if declared and declared[name].fault:
+        fault = declared[name].fault
+        yield f'{shown} is called, but its schema in "tools" cannot be used: {fault}; correct it'
     if nulls:
         cure = 'leave these out (docs/rows.md has a command), or let "tools" allow null'
-        yield f"{shown} is called with null for {_list(nulls)}, as table formats fill in; {cure}"
+        yield f"{shown} is called with null for {_names(nulls)}, as table formats fill in; {cure}"
+    if undeclared:
+        yield f'{shown} is called with {_names(undeclared)}, which "tools" does not declare; add it there'
+    if missing:
+        yield f'{shown} is called without {_names(missing)}, which "tools" requires; add it'
+    for value in list(dict.fromkeys(values))[:SHOWN]:
+        yield f'{shown} is called with {value}; correct the call or "tools"'
 
 
-def _value_faults(shown, errors):
-    """Yield the first few errors of values, one for each place and keyword."""
-    firsts = {}
-    for error in errors:
-        path = tuple("[]" if isinstance(key, int) else key for key in error.absolute_path)
-        firsts.setdefault((path, error.validator), error)
-    for (path, _), error in list(firsts.items())[:SHOWN]:
-        place = f"{schema_words.dotted(path)}: " if path else ""
-        value, wanted = schema_words.show(error.instance), schema_words.wants(error)
-        yield f'{shown} is called with {place}{value}, but "tools" wants {wanted}; correct one of them'
-    if len(firsts) > SHOWN:
-        yield f'{shown} is called with {len(firsts) - SHOWN} more that "tools" does not want'
+def nodes(value):
+    """Return [(path, value), …] of all in a JSON value; a path is a tuple of keys, "[]" for a list's."""
+    found = [((), value)]
+    for path, one in found:  # which grows
+        pairs = one.items() if isinstance(one, dict) else []
+        pairs = [("[]", item) for item in one] if isinstance(one, list) else pairs
+        found += [((*path, key), item) for key, item in pairs]
+    return found
 
 
-def _list(paths):
-    """Return the first few of many paths, as text."""
-    names = list(dict.fromkeys(map(_dotted, paths[: 4 * SHOWN])))  # those of a list's items are the same
-    return schema_words.join(names)
+def dotted(path):
+    """Return a path as text: a.b[].c."""
+    return printable(".".join(path).replace(".[]", "[]"))
 
 
-def _dotted(path):
-    keys = []
-    while path:
-        path, key = path
-        keys.append(key)
-    return schema_words.dotted(reversed(keys))
+def join(texts):
+    """Return the first few of many texts."""
+    return ", ".join(texts[:SHOWN]) + ", …" * (len(texts) > SHOWN)
+
+
+def _names(paths):
+    return join(list(dict.fromkeys(map(dotted, paths[: 4 * SHOWN]))))  # those of a list's items are the same
+
+
+def _describe(error):
+    """Return where an error of jsonschema's is, and what it says, as one short line."""
+    path = ["[]" if isinstance(key, int) else key for key in error.absolute_path]
+    message = error.message
+    if path[-1:] == ["type"] and error.validator == "anyOf":  # in a schema
+        message = f"{error.instance!r} is no type of JSON Schema"
+    return printable(f"{dotted(path)}: {message}".removeprefix(": "), LETTERS)

@@ -4,10 +4,6 @@ The last answers of held-out rows and probes ask for a tool: by these the tuned 
 """
 
 from tuner.data import chat_text, row_warnings, tool_arguments, tool_call
-from tuner.data.schema_choices import choices
-from tuner.data.schema_keywords import key_of
-from tuner.data.schema_words import dotted
-from tuner.data.tool_schemas import measure
 from tuner.system.console import printable
 
 ROWS, HELD_OUT, PROBES = "rows", "held_out", "probes"  # the three files
@@ -17,6 +13,35 @@ MIN_ROWS = 5  # with a value, for it to be one of a closed set that no schema na
 SHOWN_TOOLS, SHOWN_ARGUMENTS = 50, 12
 WIDTH = 40  # of a name
 HEADER = ("tools", "rows", "held out", "probes", "values trained", "asked for", "new")
+
+
+def key_of(value):
+    """Return what is equal for equal texts, numbers and booleans only: 1 is 1.0, but not true."""
+    return isinstance(value, bool), value
+
+
+def choices(schema, path):
+    """Return the values, but for null, that a schema names for an argument, None if it allows others too."""
+    for key in path:
+        inner = schema.get("items") if key == "[]" else schema.get("properties", {}).get(key)
+        schema = inner if isinstance(inner, dict) else {}
+    return _values_of(schema)
+
+
+def _values_of(schema):
+    if "enum" in schema:
+        return [value for value in schema["enum"] if value is not None]
+    kinds = schema.get("type")
+    kinds = {kinds} if isinstance(kinds, str) else set(kinds or ())
+    if kinds == {"null"}:
+        return []
+    if "boolean" in kinds and kinds <= {"boolean", "null"}:
+        return [False, True]
+    branches = [one if isinstance(one, dict) else {} for one in schema.get("anyOf", schema.get("oneOf", ()))]
+    found = list(map(_values_of, branches))
+    if found and None not in found:
+        return [value for values in found for value in values]
+    return [schema["const"]] if "const" in schema else None
 
 
 class ArgumentUse:
@@ -57,10 +82,10 @@ class ToolUse:
     def closed_values(self, path):
         """Return the trained values of an argument that are one of a closed set, or None for a free value."""
         use = self.arguments[path]
-        is_declared, named = choices(self.schema.validator.schema, path) if self.schema else (False, None)
+        named = choices(self.schema.root, path) if self.schema else None
         if named is not None and len(named) <= MAX_CHOICES:
             return [use.trained[key] for key in map(key_of, named) if key in use.trained]
-        if is_declared or len(use.trained) > MAX_CHOICES:
+        if self.schema or len(use.trained) > MAX_CHOICES:
             return None
         return [use.trained[key] for key, rows in use.rows.items() if rows >= MIN_ROWS]
 
@@ -106,13 +131,9 @@ def asked_calls(row):
 def _values(arguments):
     """Return {(path, key_of(value)): value} of all texts, numbers and booleans in arguments."""
     values = {}
-    for path, value in measure(arguments)[0]:
+    for path, value in tool_arguments.nodes(arguments):
         if isinstance(value, (str, int, float)):
-            keys = []
-            while path:
-                path, key = path
-                keys.append(key)
-            values[tuple(reversed(keys)), key_of(value)] = value
+            values[path, key_of(value)] = value
     return values
 
 
@@ -131,7 +152,7 @@ def table(tools, is_judged=True):
         for path in paths[:SHOWN_ARGUMENTS]:
             use = tool.arguments[path]
             counts = map(len, (use.trained, use.asked, use.new()))
-            lines.append(("  " + printable(dotted(path), WIDTH - 2), "", "", "", *counts))
+            lines.append(("  " + printable(tool_arguments.dotted(path), WIDTH - 2), "", "", "", *counts))
         if len(paths) > SHOWN_ARGUMENTS:
             lines.append((f"  … and {len(paths) - SHOWN_ARGUMENTS} more", *[""] * 6))
     if len(names) > SHOWN_TOOLS:

@@ -1,6 +1,8 @@
 """Warn of tools that few rows train, that are asked for but not trained, or that nothing tells how well."""
 
-from tuner.data import schema_words, tool_arguments, tool_survey
+import json
+
+from tuner.data import tool_arguments, tool_survey
 from tuner.data.row_warnings import RowWarning
 from tuner.data.tool_survey import HELD_OUT, PROBES
 from tuner.system.console import printable
@@ -52,16 +54,16 @@ def warn_of_values(name, tool, path):
     use, (line, row) = tool.arguments[path], tool.rows[0]
     if not use.trained:
         return
-    shown, argument = f'"{printable(name)}"', schema_words.dotted(path)
+    shown, argument = f'"{printable(name)}"', tool_arguments.dotted(path)
     closed, asked, text = tool.closed_values(path), set(use.asked), None
     if closed is not None:
         if missing := [value for value in closed if tool_survey.key_of(value) not in asked]:
-            values = schema_words.join(map(schema_words.show, missing))
+            values = _show(missing)
             text = f"no held-out row or probe calls {shown} with {argument} {values}; add some that do"
     elif not asked:
         text = f"no held-out row or probe calls {shown} with {argument}; add some that do"
     elif not use.new():
-        values = schema_words.join(map(schema_words.show, use.asked.values()))
+        values = _show(use.asked.values())
         text = f"every value of {argument} that held-out rows and probes call {shown} with is trained too"
         text += f" ({values}), so a model that learned these by heart passes; ask for new ones"
     if text:
@@ -71,8 +73,6 @@ def warn_of_values(name, tool, path):
 def warn_of_asked(line, row, file, tools):
     """Yield warnings of a row's last calls, by its own "tools", or by those of the rows to be trained on."""
     own = tool_arguments.schemas_of(row.get("tools"))
-    if fault := tool_arguments.schema_fault(own):
-        yield RowWarning(line, "schema", fault, row=row, file=file)
     turn, text = len(row["messages"]), row["messages"][-1]["content"]
     for call in tool_survey.asked_calls(row):
         declared = own
@@ -80,3 +80,8 @@ def warn_of_asked(line, row, file, tools):
             declared = {call.name: tools[call.name].schema}
         for fault in tool_arguments.faults(call.name, call.arguments, declared):
             yield RowWarning(line, "call", f"turn {turn}: {fault}", text, row, file)
+
+
+def _show(values):
+    """Return the first few of many values as text."""
+    return tool_arguments.join([printable(json.dumps(value, ensure_ascii=False)) for value in values])

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 
@@ -23,6 +24,32 @@ def exit_on_signals(message):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
             signal.signal(number, leave)
+
+
+class OutOfTimeError(Exception):
+    """What is done within a time_limit takes longer."""
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raise OutOfTimeError within the body after `seconds` of the process's CPU time.
+
+    Regular expressions are interrupted too. On Windows, and beside the main thread, there is no limit.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise OutOfTimeError
+
+    previous = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
 
 
 class StopRequest:
