@@ -57,7 +57,7 @@ def main():
     print(f"\nlabels     tokenizer of {console.one_line(source)}; trained tokens are {marked}")
     show_labels(choose_rows(rows, counts, args.rows), tokenizer)
     if args.html:
-        write_page(args.html, args.data, rows, [w for w in warnings if w.file is None], tokenizer)
+        write_page(args.html, args.data, rows, warnings, tokenizer)
 
     plan = run_plan.plan_run(rows, counts, RECIPE)
     plan_warnings = list(run_plan.warn_of_plan(plan, RECIPE))

@@ -148,6 +148,9 @@ LONG = "it takes too long to check"
         ({"properties": {"a": {"pattern": "["}}}, "a pattern in it is no regular expression"),
         ({"$ref": "#"}, NESTED),
         (CIRCLE, NESTED),
+        ({"if": {"$ref": "#"}, "properties": {"a": {}}}, NESTED),  # in which jsonschema by itself panics
+        ({"$schema": "http://json-schema.org/draft-07/schema#", "if": {"$ref": "#"}}, NESTED),
+        ({"$id": "http://[", "properties": {"a": {"$ref": "b"}}}, "it cannot be read (ValueError)"),
         ({"properties": {"a": {"$ref": "#/$defs/b0"}}, "$defs": BOMB}, LONG),
         ({"properties": {"a": {"pattern": "(a|aa)+$"}}}, LONG),
     ],
@@ -164,12 +167,19 @@ def nested(count, inner, key="a"):
 
 
 def test_what_is_nested_too_deeply_is_told_as_such():
-    assert warnings_of({"a": 1}, nested(300, TEXT)) == [INVALID.format(NESTED)]
+    for count in (31, 300, 5_000):
+        assert warnings_of({"a": 1}, nested(count, TEXT)) == [INVALID.format(NESTED)]
+    assert warnings_of({"a": {}}, nested(29, TEXT)) == []
     arguments = {}
     for _ in range(400):
         arguments = {"a": arguments}
     assert warnings_of(arguments, {"properties": {"a": {}}}) == []
     assert warnings_of(arguments, {"properties": {"a": {"$ref": "#"}}}) == [INVALID.format(NESTED)]
+
+
+def test_a_number_that_is_no_float_ends_nothing():
+    parameters = {"properties": {"a": {"multipleOf": 0.1}}}
+    assert warnings_of({"a": 10**400}, parameters) == [INVALID.format("it cannot be read (OverflowError)")]
 
 
 def test_a_reference_to_what_stands_elsewhere_is_not_fetched(monkeypatch):

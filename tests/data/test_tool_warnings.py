@@ -73,7 +73,7 @@ def test_a_tool_that_is_judged_and_never_trained_is_told_in_each_file_that_asks_
 
 
 def test_a_tool_that_is_trained_and_never_judged_is_told_where_there_is_a_judge():
-    rows = [*many(10), *many(10, "g")]
+    rows = [*many(10), *many(10, "g", ACCOUNT)]
     assert warnings_of(rows) == []
     assert (
         warnings_of(rows, [ask("Раз")])
@@ -192,11 +192,22 @@ def test_calls_that_are_judged_are_compared_with_the_tools_of_their_row_or_else_
         ({"oneOf": [{"const": "a"}, {"const": "b"}]}, ["a", "b"]),
         ({"type": ["boolean", "null"]}, [False, True]),
         ({"anyOf": [True, {"const": 0}]}, None),
+        ({"$ref": "#/$defs/Kind"}, ["x"]),
+        ({"allOf": [{"$ref": "#/$defs/Kind"}], "default": "x"}, ["x"]),
+        ({"anyOf": [{"$ref": "#/$defs/Kind"}, {"type": "null"}]}, ["x"]),
+        ({"$ref": "#/$defs/Circle"}, None),
+        ({"$ref": "#/$defs/Nobody"}, None),
+        ({"$ref": "#"}, None),
         (True, None),
     ],
 )
 def test_a_closed_set_is_what_the_schema_says(schema, values):
-    root = {"properties": {"list": {"items": {"properties": {"a": schema}}}}}
+    definitions = {
+        "Kind": {"enum": ["x"]},
+        "Circle": {"anyOf": [{"$ref": "#/$defs/Circle"}] * 2},
+        "Item": {"properties": {"a": schema}},
+    }
+    root = {"properties": {"list": {"items": {"$ref": "#/$defs/Item"}}}, "$defs": definitions}
     assert tool_survey.choices(root, ("list", "[]", "a")) == values
     assert tool_survey.choices(root, ("list", "b")) is None
     assert tool_survey.choices({}, ("list", "[]", "a")) is None

@@ -7,10 +7,11 @@ nothing is fetched, and one that takes too long to check is given up.
 
 import json
 import re
+import sys
 from functools import lru_cache
 
 import referencing
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import best_match
 
 from tuner.system.console import printable
@@ -20,16 +21,36 @@ SHOWN = 5  # faults of values, or names, in a warning
 LETTERS = 150  # of what jsonschema says
 SECONDS = 0.2  # of CPU, for one schema or one call; most take a thousandth of that
 KEPT = 4096  # schemas
+# Of Python's 1000 frames; where a reference is looked up at the limit itself, rpds ends the program. A schema
+# in a schema takes eight.
+MAX_FRAMES, MAX_NESTED = 800, 60
 COMBINED = ("allOf", "anyOf", "oneOf", "if", "dependentSchemas")
 OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties", *COMBINED)
 REGISTRY = referencing.Registry()  # which fetches nothing
 META_SCHEMA = Draft202012Validator(Draft202012Validator.META_SCHEMA)
-REASONS = {
+REASONS = {  # of others it is the error's name
     OutOfTimeError: "it takes too long to check",
     RecursionError: "it is nested too deeply, or refers to itself",
     referencing.exceptions.Unresolvable: "it refers to what is not in it",
     re.error: "a pattern in it is no regular expression",
 }
+
+
+def _bounded(keyword):
+    """Return a keyword that refers to a schema, with an end to references in a circle."""
+
+    def check(*arguments):
+        try:
+            sys._getframe(MAX_FRAMES)
+        except ValueError:  # there are not so many
+            return keyword(*arguments)
+        raise RecursionError
+
+    return check
+
+
+KEYWORDS = {name: _bounded(Draft202012Validator.VALIDATORS[name]) for name in ("$ref", "$dynamicRef")}
+Validator = validators.extend(Draft202012Validator, KEYWORDS)
 
 
 class Schema:
@@ -43,7 +64,7 @@ class Schema:
         self.root, self.fault = {}, None
         self.attempt(self._read, source)
         formats = Draft202012Validator.FORMAT_CHECKER  # of date, email and the like
-        self.validator = Draft202012Validator(self.root, registry=REGISTRY, format_checker=formats)
+        self.validator = Validator(self.root, registry=REGISTRY, format_checker=formats)
 
     def _read(self, source):
         root = _without_nulls({} if source == "null" else json.loads(source))
@@ -70,17 +91,26 @@ class Schema:
         try:
             with time_limit(SECONDS):
                 return work(*arguments)
-        except tuple(REASONS) as error:
-            self.fault = next(reason for kind, reason in REASONS.items() if isinstance(error, kind))
+        except Exception as error:  # jsonschema trusts a schema: what is odd in one may raise anything
+            found = (reason for kind, reason in REASONS.items() if isinstance(error, kind))
+            self.fault = next(found, f"it cannot be read ({type(error).__name__})")
 
 
-def _without_nulls(schema):
-    """Return a schema without keywords and properties of null, as table formats fill them in."""
+def _without_nulls(schema, depth=0):
+    """Return a schema without keywords and properties of null, as table formats fill them in.
+
+    And without "$schema": jsonschema would take that draft's validator. Raise RecursionError if it is deep.
+    """
+    if depth > MAX_NESTED:
+        raise RecursionError
     if isinstance(schema, dict):
         if schema.get("nullable") is True and isinstance(schema.get("type"), str):  # OpenAPI's
             schema = {**schema, "type": [schema["type"], "null"]}
-        return {key: _without_nulls(value) for key, value in schema.items() if value is not None}
-    return list(map(_without_nulls, schema)) if isinstance(schema, list) else schema
+        kept = {key: value for key, value in schema.items() if value is not None}
+        if isinstance(kept.get("$schema"), str):
+            del kept["$schema"]
+        return {key: _without_nulls(value, depth + 1) for key, value in kept.items()}
+    return [_without_nulls(one, depth + 1) for one in schema] if isinstance(schema, list) else schema
 
 
 def _close(schema, is_shared):
@@ -108,7 +138,11 @@ def schemas_of(tools):
     schemas = {}
     for function in (tool["function"] for tool in tools):
         if function["name"] not in schemas:
-            schemas[function["name"]] = _schema(json.dumps(function.get("parameters")))
+            try:
+                source = json.dumps(function.get("parameters"))
+            except RecursionError:
+                source = "[" * (MAX_NESTED + 2) + "]" * (MAX_NESTED + 2)  # which is as bad
+            schemas[function["name"]] = _schema(source)
     return schemas
 
 

@@ -11,6 +11,7 @@ MAX_ARGUMENTS = 200  # of a tool; one with more takes any name
 MAX_CHOICES = 20  # of an argument whose values are a closed set, of which all can be asked for
 MIN_ROWS = 5  # with a value, for it to be one of a closed set that no schema names
 SHOWN_TOOLS, SHOWN_ARGUMENTS = 50, 12
+MAX_REFERENCES = 9  # of a schema to another, and on to the next
 WIDTH = 40  # of a name
 HEADER = ("tools", "rows", "held out", "probes", "values trained", "asked for", "new")
 
@@ -20,28 +21,42 @@ def key_of(value):
     return isinstance(value, bool), value
 
 
-def choices(schema, path):
+def choices(root, path):
     """Return the values, but for null, that a schema names for an argument, None if it allows others too."""
+    schema = _resolved(root, root)
     for key in path:
         inner = schema.get("items") if key == "[]" else schema.get("properties", {}).get(key)
-        schema = inner if isinstance(inner, dict) else {}
-    return _values_of(schema)
+        schema = _resolved(inner, root)
+    return _values_of(schema, root)
 
 
-def _values_of(schema):
+def _resolved(schema, root):
+    """Return the schema that one refers to, as #/$defs/Kind, alone or in an "allOf" of one."""
+    for _ in range(MAX_REFERENCES):
+        schema = schema if isinstance(schema, dict) else {}
+        if len(schema.get("allOf", ())) == 1:
+            schema = schema["allOf"][0]
+        elif "$ref" in schema:
+            start, section, name = (*schema["$ref"].split("/"), "", "")[:3]
+            is_known = start == "#" and section in ("$defs", "definitions")
+            schema = root.get(section, {}).get(name) if is_known else {}
+    return schema if isinstance(schema, dict) else {}
+
+
+def _values_of(schema, root, is_branch=False):
     if "enum" in schema:
         return [value for value in schema["enum"] if value is not None]
+    if "const" in schema:
+        return [schema["const"]]
     kinds = schema.get("type")
     kinds = {kinds} if isinstance(kinds, str) else set(kinds or ())
     if kinds == {"null"}:
         return []
     if "boolean" in kinds and kinds <= {"boolean", "null"}:
         return [False, True]
-    branches = [one if isinstance(one, dict) else {} for one in schema.get("anyOf", schema.get("oneOf", ()))]
-    found = list(map(_values_of, branches))
-    if found and None not in found:
-        return [value for values in found for value in values]
-    return [schema["const"]] if "const" in schema else None
+    branches = () if is_branch else schema.get("anyOf", schema.get("oneOf", ()))
+    found = [_values_of(_resolved(one, root), root, is_branch=True) for one in branches]
+    return [value for values in found for value in values] if found and None not in found else None
 
 
 class ArgumentUse:
