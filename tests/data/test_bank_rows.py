@@ -158,3 +158,17 @@ def test_held_out_rows_ask_for_values_that_are_never_trained(files):
     fresh = Counter(key for key, _ in values["heldout"] - values["rows"])
     assert all(fresh[key] >= 2 for key in (*COPIED, "currency", "date", "since")), fresh
     assert {key for key, _ in values["probes"] - values["rows"]} >= {"last_digits", "merchant", "currency"}
+
+
+def test_the_docs_say_how_many_rows_there_are_and_show_one_that_is_read(files, tmp_path):
+    page = (FOLDER.parents[1] / "docs/tools.md").read_text(encoding="utf-8")
+    last = sum(bool(tool_call.looks_like_call(row["messages"][-1]["content"])) for _, row in files["heldout"])
+    assert f"| `heldout.jsonl` | {len(files['heldout'])}, of which {last} call last |" in page
+    assert f"| `probes.jsonl` | {len(files['probes'])}, " in page
+    calls = sum(bool(calls_of(row)) for _, row in files["rows"])
+    assert f"| `rows.jsonl` | {len(files['rows'])}, of which {calls} call:" in page
+    (tmp_path / "rows.jsonl").write_text(re.search(r'^{"messages".*}$', page, re.MULTILINE)[0])
+    [(_, row)] = chat_rows.read_rows(tmp_path / "rows.jsonl")
+    declared = tool_arguments.schemas_of(row["tools"])
+    [(_, call)] = calls_of(row)
+    assert list(tool_arguments.faults(call.name, call.arguments, declared)) == []

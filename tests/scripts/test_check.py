@@ -247,6 +247,8 @@ def test_the_example_with_several_tools_has_a_table_and_no_warnings(tiny_text_mo
         ["account", "3", "3", "0"],
         ["get_exchange_rate", "34", "9", "1"],
     ]
+    docs = Path(__file__).resolve().parents[2] / "docs/tools.md"
+    assert "\n".join(table[1:]).strip() in docs.read_text(encoding="utf-8")
 
 
 def test_what_is_wrong_with_held_out_rows_is_said_at_their_own_lines(tiny_text_model, tmp_path):

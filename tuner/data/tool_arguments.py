@@ -158,13 +158,15 @@ def faults(name, arguments, declared):
     if declared is not None and name not in declared:
         yield f'calls {shown}, which "tools" does not declare; add it there'
         return
-    nulls, undeclared, missing, values = [], [], [], []
+    nulls, undeclared, missing, values = [], [], {}, []
     if declared is None:
         nulls = [path for path, value in nodes(arguments) if value is None]
     for error in declared[name].errors(arguments) if declared else ():
         path = tuple("[]" if isinstance(key, int) else key for key in error.absolute_path)
         if error.validator == "required":
-            missing += [(*path, key) for key in error.validator_value if key not in error.instance]
+            place = tuple(error.absolute_path)  # with an error for each name
+            if place not in missing:
+                missing[place] = [(*path, key) for key in error.validator_value if key not in error.instance]
         elif error.validator == "additionalProperties" and "patternProperties" not in error.schema:
             for key, value in error.instance.items():
                 if key not in error.schema.get("properties", {}):
@@ -182,7 +184,8 @@ def faults(name, arguments, declared):
     if undeclared:
         yield f'{shown} is called with {_names(undeclared)}, which "tools" does not declare; add it there'
     if missing:
-        yield f'{shown} is called without {_names(missing)}, which "tools" requires; add it'
+        names = _names([path for paths in missing.values() for path in paths])
+        yield f'{shown} is called without {names}, which "tools" requires; add it'
     for value in list(dict.fromkeys(values))[:SHOWN]:
         yield f'{shown} is called with {value}; correct the call or "tools"'
 
