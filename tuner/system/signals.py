@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and a hang-up: leave cleanly, or finish the step first."""
 
+import gc
 import os
 import signal
 import sys
@@ -9,6 +10,9 @@ from contextlib import contextmanager, suppress
 
 # A launcher passes on the Ctrl-C that its processes got already: within this time it is no second one.
 REPEAT_SECONDS = 0.3
+AGAIN_SECONDS = (
+    0.05  # of a time_limit: what is raised in a destructor, or while garbage is collected, is lost
+)
 FINISHING = b"\nfinishing this step and saving a checkpoint; press Ctrl-C again to quit now\n"
 
 
@@ -43,13 +47,17 @@ def time_limit(seconds):
     def stop(*_):
         raise OutOfTimeError
 
+    collects = gc.isenabled()
+    gc.disable()  # with many objects elsewhere it takes longer than what is limited
     previous = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, AGAIN_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, previous)
+        if collects:
+            gc.enable()
 
 
 class StopRequest:

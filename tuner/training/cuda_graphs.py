@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from tuner.data import batching
+from tuner.model.attention import MAX_EXPLICIT_ATTENTION
 from tuner.training import collate, loss_functions, memory_plan
 from tuner.training.accumulation import GradientAccumulator
 from tuner.training.memory_plan import LOGITS_AT_ONCE, MULTIPLE
@@ -96,7 +97,7 @@ class PackedGraphs:
         scale = torch.tensor(1 / total, device=self.device)
         if not self.captures:
             return self._compute(batch, scale)
-        if not self.graphs:
+        if not self.graphs or (length not in self.graphs and length > MAX_EXPLICIT_ATTENTION):
             self._warm_up(batch)
         if length not in self.graphs:
             self._check_free_memory(length)
@@ -115,7 +116,11 @@ class PackedGraphs:
         return loss.detach()
 
     def _warm_up(self, batch):
-        """Load what is loaded at its first use, which a capture must not do; add gradients of 0."""
+        """Load what is loaded at its first use, which a capture must not do; add gradients of 0.
+
+        cuDNN's attention is compiled for each length, and needs memory for that: on an H100, torch 2.11, now
+        and then a capture failed by CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED.
+        """
         decoder = self.model.get_base_model().get_decoder()
         layers, random_state = decoder.layers, torch.cuda.get_rng_state(self.device)
         decoder.layers = layers[:PATTERN]
