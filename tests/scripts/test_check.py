@@ -83,9 +83,9 @@ def test_held_out_rows_that_compare_cannot_judge_by_are_all_listed(tmp_path):
     )
 
 
-def test_probes_are_rows_that_are_not_to_be_trained_on(tmp_path):
+def test_probes_are_rows_that_are_not_to_be_trained_on(tiny_text_model, tmp_path):
     def lines_of(*flags):
-        flags = ["--data", "rows.json", "--offline", *flags]
+        flags = ["--data", "rows.json", "--offline", "--model", tiny_text_model, *flags]
         _, output, error = run_main(check.main, *flags, folder=tmp_path)
         lines = [line for line in (error or output).splitlines() if not line.startswith("tools ")]
         return [line for line in lines if "probe" in line or "heldout" in line]
