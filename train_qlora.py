@@ -150,8 +150,8 @@ def lora_config(recipe):
 
 def main():
     args = parse_arguments()
-    flags = {name: getattr(args, name) for name in ("bits", "epochs", "learning_rate", "rehearse")}
-    recipe = dataclasses.replace(RECIPE, **flags)
+    flags = ("bits", "epochs", "learning_rate", "rehearse", "seed")
+    recipe = dataclasses.replace(RECIPE, **{name: getattr(args, name) for name in flags})
     rows = load_data(args.data)
     adapter_folder.check_output(args.output, args.resume)
     with adapter_folder.opened(args.output):
@@ -264,6 +264,8 @@ def parse_arguments():
     )
     rates = f"{RECIPE.learning_rate:g}, with --rehearse {REHEARSAL_LEARNING_RATE:g}"
     parser.add_argument("--learning-rate", type=number, help=f"highest learning rate (default: {rates})")
+    seed = "of the split, the order of rows, LoRA's first weights and dropout (default: %(default)s)"
+    parser.add_argument("--seed", type=count, default=RECIPE.seed, help=seed)
     parser.add_argument(
         "--memory", type=number, metavar="GIB",
         help=f"GPU memory to use (default: {memory_plan.MEMORY_FRACTION:.0%}% of what is free)",

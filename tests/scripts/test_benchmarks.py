@@ -1,5 +1,6 @@
 """The benchmark runs small on a CPU, so it does not rot; its figures are worked out by hand."""
 
+import json
 import re
 import statistics
 from pathlib import Path
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import run
+from benchmarks import run, verdict
 from tests.support import fork_server
 from tests.support.scripts import run_main
 from train_qlora import RECIPE, preprocess_function
@@ -99,3 +100,50 @@ def test_long_rows_are_as_long_as_they_should_be_and_little_of_them_is_padding(t
     padded = sum(min(length for length in lengths if length >= size) for size in packs)
     assert sum(sizes) * 12 == sum(packs)
     assert padded < 1.05 * sum(packs)
+
+
+def test_a_verdict_over_seeds_trains_and_judges_each_and_writes_its_table(
+    tiny_text_model, few_rows, tmp_path
+):
+    flags = ["--model", tiny_text_model, "--data", few_rows, "--epochs", 1, "--seeds", 2]
+    flags += ["--set", f"mine={few_rows}", "--json", tmp_path / "verdict.json"]
+    results = tmp_path / "results.md"
+    code, output, errors = run_main(verdict.main, *flags, "--results", results, folder=tmp_path)
+    assert code in (0, None), output + errors
+    seeds = json.loads((tmp_path / "verdict.json").read_text())
+    assert [one["seed"] for one in seeds] == [1, 2]
+    rows = len(Path(few_rows).read_text().splitlines())
+    for one in seeds:
+        assert (one["sets"]["mine"]["rows"], one["sets"]["probes"]["rows"]) == (rows, 6)
+    lines = results.read_text().splitlines()
+    assert lines[1] == "## 2 seeds, 4 bits, 2 steps on the CPU"
+    assert [line.split(" | ")[0] for line in lines[-3:-1]] == ["| probes", "| mine"]
+
+
+def test_of_several_seeds_median_and_range_are_told():
+    def figures(f1, false, missed, passed):
+        part = {"whole": 4}
+        decision = {"false_call_rate": {"part": false, **part}, "missed": {"part": missed, **part}}
+        return {"right": {"f1": {"value": f1}}, "decision": decision, "passed": passed, "rows": 8}
+
+    seeds = [
+        {"sets": {"hard": one}}
+        for one in (figures(0.5, 1, 2, 5), figures(None, 0, 4, 4), figures(1, 3, 0, 8))
+    ]
+    assert verdict.table(seeds)[2:] == [
+        "| hard | 0.50 (0.00–1.00) | 1 (0–3) of 4 | 2 (0–4) of 4 | 5 (4–8) of 8 |"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--seeds", "0"], "--seeds: expected a whole number ≥ 1"),
+        (["--set", "rows.jsonl"], "expected NAME=FILE"),
+        (["--json", "no/verdict.json"], "the folder of no/verdict.json does not exist"),
+    ],
+)
+def test_wrong_flags_of_the_verdict_are_told_before_anything_is_trained(tmp_path, flags, says):
+    code, _, errors = run_main(verdict.main, *flags, folder=tmp_path)
+    assert code == 2
+    assert says in errors

@@ -284,6 +284,7 @@ def test_without_a_gpu_one_line_and_exit_1(monkeypatch, tmp_path):
     [
         (["--bits", "5"], "--bits: invalid choice: 5"),
         (["--epochs", "0"], "--epochs: '0': expected a whole number ≥ 1"),
+        (["--seed", "0"], "--seed: '0': expected a whole number ≥ 1"),
         (["--learning-rate", "nan"], "--learning-rate: 'nan': expected a number > 0"),
         (["--memory", "-1"], "--memory: '-1': expected a number > 0"),
         (["--memory", "8", "--rehearse"], "--memory limits GPU memory; --rehearse runs on the CPU"),

@@ -144,6 +144,7 @@ def test_what_it_began_with_must_be_the_same_and_what_differs_is_named(
         (["--data", rows], "the data changed"),
         (["--learning-rate", 1e-3], "learning_rate was 0.003 and is 0.001"),
         (["--epochs", 5, "--bits", 8], "bits was 4 and is 8, epochs was 4 and is 5"),
+        (["--seed", 7], "seed was 42 and is 7"),
         (["--model", model], "the model changed"),
     ]:
         code, _, errors = resume(arguments, folder, *changed)

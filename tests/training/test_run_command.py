@@ -12,8 +12,8 @@ from tests.support.training import recipe
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, run_command
 
-NAMES = ("rehearse", "bits", "epochs", "learning_rate", "data", "model", "output", "resume")
-RUN = {"data": "my rows.json", "model": "-base", "settings": recipe(bits=8, rehearse=True).settings()}
+NAMES = ("rehearse", "bits", "epochs", "learning_rate", "seed", "data", "model", "output", "resume")
+RUN = {"data": "my rows.json", "model": "-base", "settings": recipe(bits=8, rehearse=True, seed=7).settings()}
 
 
 def unfinished(output, manifest, step=4):
@@ -41,7 +41,14 @@ def test_it_has_the_flags_that_the_run_began_with(tmp_path, monkeypatch):
     says, command = says.split("; resume with: ")
     assert says == f"{tmp_path}/it's out holds an unfinished run"
     assert parsed(command, monkeypatch) == {
-        **{"rehearse": True, "bits": 8, "epochs": 10, "learning_rate": 1e-4, "data": "my rows.json"},
+        **{
+            "rehearse": True,
+            "bits": 8,
+            "epochs": 10,
+            "learning_rate": 1e-4,
+            "seed": 7,
+            "data": "my rows.json",
+        },
         **{"model": "-base", "output": f"{tmp_path}/it's out", "resume": True},
     }
 

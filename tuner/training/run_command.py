@@ -8,7 +8,8 @@ from tuner.system import commands
 from tuner.training import checkpoints
 
 # Flags of train_qlora.py whose values a manifest has, and the types that these must have to be printed.
-FLAGS = {"rehearse": bool, "bits": int, "epochs": int, "learning_rate": float, "data": str, "model": str}
+FLAGS = {"rehearse": bool, "bits": int, "epochs": int, "learning_rate": float, "seed": int}
+FLAGS |= {"data": str, "model": str}
 
 
 def begun_with(args):
