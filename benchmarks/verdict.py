@@ -2,7 +2,7 @@
 
     python benchmarks/verdict.py                                    seeds 1 to 5 of the rehearsal, on a CPU
     python benchmarks/verdict.py --model ./gemma-3-270m --learning-rate 1e-3        the same on a CUDA GPU
-    python benchmarks/verdict.py --set mine=my_rows.jsonl --seeds 3 --epochs 5      other rows, and settings
+    python benchmarks/verdict.py --set mine=my_rows.jsonl --seeds 3 --epochs 5      other rows and settings
 
 What this script does not know goes to train_qlora.py as it stands. Each adapter is judged as it was trained:
 in the same bits. Prints a table with the median and the range of each set of rows, and writes it into
@@ -25,7 +25,12 @@ from benchmarks.run import RESULTS, replace_section, run_command, version_lines 
 from train_qlora import RECIPE, quantization_config  # noqa: E402
 from tuner.inference import generation, judging, probes, rates  # noqa: E402
 
-SETS = {"held-out": "heldout.json"}
+# The last two are for the last measurement alone: no row and no setting is chosen by them.
+SETS = {
+    "held-out": "heldout.json",
+    "plain": "benchmarks/rows/plain.jsonl",
+    "hard": "benchmarks/rows/hard.jsonl",
+}
 PROBES = "probes"  # the name of that set
 
 

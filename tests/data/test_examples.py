@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.data import chat_rows, chat_text
+from tuner.data import chat_rows, chat_text, row_warnings
 
 CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
 
@@ -39,6 +39,18 @@ def test_no_word_mixes_scripts_and_no_character_is_invisible(path):
             for word in re.findall(r"\w+", text):
                 scripts = {unicodedata.name(c).split()[0] for c in word if c.isalpha()}
                 assert len(scripts) <= 1, f"{word} in {text}"
+
+
+@pytest.mark.parametrize("name", ["plain", "hard"])
+def test_the_rows_of_the_last_measurement_are_half_calls_and_like_no_others(name):
+    rows = chat_rows.read_rows(f"benchmarks/rows/{name}.jsonl")
+    answers = [row["messages"][-1]["content"] for _, row in rows]
+    assert (len(answers), answers.count(CALL)) == (40, 20)
+    assert not any("tool_call" in answer for answer in answers if answer != CALL)
+    others = [*prompts("examples.json"), *prompts("heldout.json"), *prompts("probes.json")]
+    texts = list(map(chat_text.normalize, others + [row["messages"][0]["content"] for _, row in rows]))
+    assert len(set(texts)) == len(texts)
+    assert [pair for pair in row_warnings.near_duplicates(texts) if pair[1] >= len(others)] == []
 
 
 def test_the_rows_that_the_docs_show_are_read_as_they_say(tmp_path):

@@ -130,6 +130,7 @@ def test_of_several_seeds_median_and_range_are_told():
         {"sets": {"hard": one}}
         for one in (figures(0.5, 1, 2, 5), figures(None, 0, 4, 4), figures(1, 3, 0, 8))
     ]
+    assert all((ROOT / path).is_file() for path in verdict.SETS.values())
     assert verdict.table(seeds)[2:] == [
         "| hard | 0.50 (0.00–1.00) | 1 (0–3) of 4 | 2 (0–4) of 4 | 5 (4–8) of 8 |"
     ]
