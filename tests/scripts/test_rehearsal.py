@@ -191,7 +191,8 @@ def test_killed_three_times_the_real_weights_go_on_to_the_same_adapter(rehearsed
     folder, _, _ = rehearsed
     lines = few_rows.read_text().splitlines(keepends=True)
     (folder / "eight.json").write_text("".join(lines[:4] + lines[-4:]))
-    with training.killer(folder, ["--rehearse", "--data", "eight.json", "--epochs", 3]) as kill:
+    arguments = ["--rehearse", "--data", "eight.json", "--epochs", 3]
+    with training.killer(folder, arguments, threads=os.cpu_count()) as kill:
         run, ends = kill("real", 3)
     assert len(ends) == 3
     assert {end["sha256"] for end in ends} == {run["sha256"]}

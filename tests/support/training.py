@@ -201,15 +201,18 @@ def fake_cuda(monkeypatch, available=True, capability=(8, 9), bf16=True, cuda="1
 
 
 @contextmanager
-def killer(folder, arguments):
-    """Start killing.py in a folder; give kill(seed, moments), which returns (undisturbed run, kills)."""
+def killer(folder, arguments, threads=1):
+    """Start killing.py in a folder; give kill(seed, moments), which returns (undisturbed run, kills).
+
+    threads: of each run; tests beside it want the other core.
+    """
     process = subprocess.Popen(
         [sys.executable, ROOT / "tests/support/killing.py", folder, *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
 
     def answer():
