@@ -128,10 +128,11 @@ def choose_moments(chance, count, seconds, operations):
     """Return [(whether it is of the clock, moment, whether there must be a checkpoint by then), …].
 
     A moment is in seconds, or the number of an operation from 1. Of the clock's, all but the first come after
-    a checkpoint.
+    a checkpoint, and count from there: a busy machine is slower at one time than at another.
     """
     clocks = count - count // 2
-    moments = [(True, seconds * (0.35 + 0.65 * (i + chance.random()) / clocks), i > 0) for i in range(clocks)]
+    moments = [(True, seconds * (0.35 + 0.65 * chance.random() / clocks), False)]
+    moments += [(True, seconds / 2 * (i + chance.random()) / clocks, True) for i in range(clocks - 1)]
     for kind in (".checkpoint.", ".adapter.")[: count // 2]:
         within = [i + 1 for i, part in enumerate(operations) if part and part.startswith(kind)]
         moments.append((False, chance.choice(within), False))
@@ -141,10 +142,16 @@ def choose_moments(chance, count, seconds, operations):
     return moments
 
 
-def run_until(arguments, by_clock, moment):
+def has_ended(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def run_until(arguments, by_clock, moment, has_checkpoint):
     """Start a run and kill it at a moment; return whether it was killed, and had not ended before."""
     if by_clock:
         pid = start(arguments, "log")
+        while has_checkpoint and not checkpoints.checkpoint_dirs(arguments[-1]) and not has_ended(pid):
+            time.sleep(0.01)
         time.sleep(moment)
         os.kill(pid, signal.SIGKILL)
     else:
@@ -153,25 +160,11 @@ def run_until(arguments, by_clock, moment):
 
 
 def killed_run(arguments, by_clock, moment, has_checkpoint):
-    """Start a run and kill it at a moment; return the moment.
-
-    An earlier one if it had ended before, a later one if it was to have a checkpoint and had none: seconds
-    are those of an undisturbed run, and a busy machine is slower at one time than at another.
-    """
-    output, too_early, too_late = arguments[-1], 0, None
-    while True:
-        killed = run_until(arguments, by_clock, moment)
-        if killed and not (has_checkpoint and not checkpoints.checkpoint_dirs(output)):
-            return moment
-        shutil.rmtree(output, ignore_errors=True)
-        if not by_clock:
-            moment -= 1
-        elif killed:
-            too_early = moment
-            moment = (moment + too_late) / 2 if too_late else moment * 1.2
-        else:
-            too_late = moment
-            moment = (moment + too_early) / 2 if too_early else moment * 0.9
+    """Start a run and kill it at a moment, or earlier if it ends before that; return the moment."""
+    while not run_until(arguments, by_clock, moment, has_checkpoint):
+        shutil.rmtree(arguments[-1], ignore_errors=True)
+        moment = moment * 0.8 if by_clock else moment - 1
+    return moment
 
 
 def kill_and_resume(arguments, by_clock, moment, has_checkpoint):

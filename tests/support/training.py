@@ -206,13 +206,14 @@ def killer(folder, arguments, threads=1):
 
     threads: of each run; tests beside it want the other core.
     """
+    alone = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [sys.executable, ROOT / "tests/support/killing.py", folder, *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), **alone},
     )
 
     def answer():
