@@ -26,7 +26,7 @@ def has_call(messages):
 def called_names(rows):
     """Return the names of the functions that the rows' trained answers call, the most frequent first."""
     texts = (m["content"] for row in rows for m in row["messages"] if is_trained(m))
-    calls = (part for text in texts for part in tool_call.split_text(text)[0] if not isinstance(part, str))
+    calls = (call for text in texts for call in tool_call.calls_in(text))
     return [name for name, _ in Counter(call.name for call in calls).most_common()]
 
 

@@ -43,8 +43,7 @@ def split_rows(rows, recipe):
 
 def names_called(messages):
     """Return the sorted names that a row's last answer calls, malformed calls left out."""
-    parts, _ = tool_call.split_text(messages[-1]["content"])
-    return tuple(sorted(part.name for part in parts if isinstance(part, tool_call.Call)))
+    return tuple(sorted(call.name for call in tool_call.calls_in(messages[-1]["content"])))
 
 
 def spread(items, kinds):

@@ -74,6 +74,11 @@ def parse(text):
     return (None, reason) if reason else (call, None)
 
 
+def calls_in(text):
+    """Return the Calls in a text, in order; malformed ones are none."""
+    return [part for part in split_text(text)[0] if isinstance(part, Call)]
+
+
 def split_text(text, more=False):
     """Split a text into ([str or Call, …], rest); malformed tags count as text.
 

@@ -3,7 +3,7 @@
 The last answers of held-out rows and probes ask for a tool: by these the tuned model is judged.
 """
 
-from tuner.data import chat_text, row_warnings, tool_arguments, tool_call
+from tuner.data import chat_text, tool_arguments, tool_call
 from tuner.system.console import printable
 
 ROWS, HELD_OUT, PROBES = "rows", "held_out", "probes"  # the three files
@@ -131,16 +131,13 @@ def survey(rows, held_out=(), probes=()):
 
 def trained_calls(row):
     """Return the Calls in the answers of a row that are trained."""
-    texts = [message["content"].strip() for message in row["messages"] if chat_text.is_trained(message)]
-    return [
-        call for text in texts if tool_call.looks_like_call(text) for call in row_warnings.calls_of(text)[0]
-    ]
+    answers = (message["content"] for message in row["messages"] if chat_text.is_trained(message))
+    return [call for answer in answers for call in tool_call.calls_in(answer)]
 
 
 def asked_calls(row):
     """Return the Calls in a row's last answer."""
-    parts = tool_call.split_text(row["messages"][-1]["content"])[0]
-    return [part for part in parts if isinstance(part, tool_call.Call)]
+    return tool_call.calls_in(row["messages"][-1]["content"])
 
 
 def _values(arguments):

@@ -245,8 +245,7 @@ def openai_messages(messages):
         results = list(itertools.takewhile(lambda m: m["role"] == "tool", messages[number + 1 :]))
         if not results:
             continue
-        parts, _ = tool_call.split_text(text)
-        calls = [part for part in parts if isinstance(part, tool_call.Call)][-len(results) :]
+        calls = tool_call.calls_in(text)[-len(results) :]
         tags = "\n".join(tool_call.format_call(call.name, call.arguments) for call in calls)
         words = text.removesuffix(tags).removesuffix("\n")
         ids = [f"call{len(sent):03}{i:02}" for i in range(len(calls))]  # nine characters, as Mistral's wants
@@ -282,12 +281,11 @@ def parse_reply(data, limit):
         content = "" if content is None else content
         functions = [call["function"] for call in calls]
         tags = [tool_call.format_tag(f["name"], _source(f.get("arguments"))) for f in functions]
-        parts, _ = tool_call.split_text(content[:longest])
+        tagged = len(tool_call.calls_in(content[:longest]))
         text = "\n".join([content] * (bool(content.strip()) or not tags) + tags)
     except (LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"the response is not a chat completion; {WRONG_SERVER}") from None
     ended = choice.get("finish_reason") != "length" and len(text) <= longest
-    tagged = sum(isinstance(part, tool_call.Call) for part in parts)
     return Reply(_encodable(text[:longest]), ended, len(tags), tagged)
 
 

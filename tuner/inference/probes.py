@@ -114,9 +114,8 @@ def tools_of(rows):
             tools.setdefault(function["name"], _tool(**function))
     texts = (m["content"] for row in rows for m in row["messages"] if m["role"] == "assistant")
     for text in texts:
-        for part in tool_call.split_text(text)[0]:
-            if isinstance(part, tool_call.Call):
-                tools.setdefault(part.name, _tool(name=part.name))
+        for call in tool_call.calls_in(text):
+            tools.setdefault(call.name, _tool(name=call.name))
     return list(tools.values())
 
 
