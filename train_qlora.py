@@ -304,7 +304,7 @@ def report_rows(path, rows, validation):
         if mark == "✗":
             print_main(f"warning    {text}")
     if not validation:
-        print_main("warning    too few rows for a validation set; training on all, keeping the last step")
+        print_main("warning    too few rows for a validation set; training on all")
 
 
 def report_start(output, training, validation, recipe, checkpoint):
@@ -335,8 +335,7 @@ def report_end(output, record, memory):
     seconds = record["seconds"]
     print_main(f"memory     {memory}")
     print_main(f"time       {seconds['loading']} s loading, {seconds['training']} s training")
-    saved = f"{output} (best checkpoint: step {record['kept_step']})"
-    print_main(f"saved      {saved}; loss curves: {output}/loss.png")
+    print_main(f"saved      {output}; loss curves: {output}/loss.png")
     print_main(f"next       {compare_command(output)}")
 
 

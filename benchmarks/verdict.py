@@ -126,9 +126,7 @@ def main():
             if run is None:
                 sys.exit(1)
             sets = judge(output, args.bits, questions)
-            seeds.append(
-                {"seed": seed, "kept_step": run["kept_step"], "seconds": run["seconds"], "sets": sets}
-            )
+            seeds.append({"seed": seed, "seconds": run["seconds"], "sets": sets})
             parts = [f"{name} {one['passed']} of {one['rows']} right" for name, one in sets.items()]
             print(f"seed {seed}: {', '.join(parts)}", flush=True)
     title = f"## {args.seeds} seeds, {args.bits} bits, {run['steps']} steps on {run['device']}"

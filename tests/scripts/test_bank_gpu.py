@@ -57,8 +57,6 @@ def test_validation_tells_decision_name_and_arguments_apart(judged):
     lines = [line for line in trained.splitlines() if line.startswith("epoch ")]
     assert len(lines) == len(record["evaluations"]) == 10
     assert all("decision" in line and "name" in line and "arguments" in line for line in lines)
-    best = max(record["evaluations"], key=lambda e: (e["right"], e["named"], e["decided"], -e["loss"]))
-    assert record["kept_step"] == best["step"]
     assert all(e["right"] <= e["named"] <= e["decided"] for e in record["evaluations"])
     assert set(record["tools"]) == TOOLS
 

@@ -111,7 +111,7 @@ def test_what_is_likely_wrong_about_a_plan_is_a_warning():
     assert few_steps.startswith("only 10 steps")
     one_kind = [(i, row(f"а{i}", CALL)) for i in range(400)]
     assert list(run_plan.warn_of_plan(run_plan.plan_run(one_kind, [(10, 5)] * 400, RECIPE), RECIPE)) == [
-        "no validation row without a call: the best adapter is chosen by the other kind alone"
+        "no validation row without a call: its accuracy says nothing of that kind"
     ]
 
 

@@ -39,7 +39,6 @@ RECORD = {
     "rows": {"all": 70},
     "data_sha256": "ab" * 32,
     "bits": 4,
-    "kept_step": 36,
     "steps": 40,
     "settings": {"lora_r": 16, "data": "secret.json"},
     "versions": {"torch": "2.13.0"},
@@ -173,7 +172,7 @@ def test_what_belongs_to_a_model_goes_along(tiny_model, merged):
         assert (merged / name).read_bytes() == (Path(tiny_model) / name).read_bytes()
     assert "ai.google.dev/gemma/terms" in (merged / "NOTICE").read_text()
     card = (merged / "README.md").read_text(encoding="utf-8")
-    for fact in ("license: gemma", "ab" * 32, "in 4 bits, step 36 of 40", "lora_r 16", "torch 2.13.0"):
+    for fact in ("license: gemma", "ab" * 32, "in 4 bits, 40 steps", "lora_r 16", "torch 2.13.0"):
         assert fact in card
     assert "secret.json" not in card
     assert "base_model" not in card

@@ -67,7 +67,7 @@ def test_a_run_says_what_it_does_and_where_the_result_is(finished_run, tiny_text
         r"validation accuracy \(call/text\) \d/7",
         r"memory     peak RAM \d\.\d\d GiB",
         r"time       [\d.]+ s loading, [\d.]+ s training",
-        r"saved      out \(best checkpoint: step [48]\); loss curves: out/loss.png",
+        r"saved      out; loss curves: out/loss.png",
         r"next       python compare.py --adapter out",
     ):
         assert any(re.fullmatch(line, printed) for printed in lines), line
@@ -108,7 +108,6 @@ def test_a_run_leaves_a_whole_folder(finished_run, tiny_text_model):
     assert run["tokens"] > run["trained_tokens"] > 0
     assert len(run["losses"]) == run["steps"] == 8
     assert [e["step"] for e in run["evaluations"]] == [4, 8]
-    assert run["kept_step"] in (4, 8)
     assert run["trainable_parameters"] == 32_768
     assert run["settings"]["learning_rate"] == 3e-3
     assert run["settings"]["lora_dropout"] == 0.1
@@ -192,7 +191,7 @@ def bank_run(tiny_text_model, tmp_path_factory):
     return folder, arguments, train_qlora.load_data(folder / "rows.jsonl"), printed
 
 
-def test_several_tools_with_arguments_are_judged_in_three_steps_and_the_best_epoch_is_kept(bank_run):
+def test_several_tools_with_arguments_are_judged_in_three_steps(bank_run):
     folder, _, rows, printed = bank_run
     held_out = split_rows(rows, train_qlora.RECIPE)[1]
     tags = [re.findall('<tool_call name="([^"]+)', rows[i]["messages"][-1]["content"]) for i in held_out]
@@ -212,8 +211,6 @@ def test_several_tools_with_arguments_are_judged_in_three_steps_and_the_best_epo
         assert e["decided"] >= e["named"] >= e["right"] >= e["general"] >= 0
         shown = (e["epoch"], e["step"], f"{e['loss']:.3f}", e["decided"], e["named"] - e["general"])
         assert tuple(map(str, (*shown, e["right"] - e["general"]))) == numbers
-    best = max(run["evaluations"], key=lambda e: (e["right"], e["named"], e["decided"], -e["loss"]))
-    assert run["kept_step"] == best["step"]
     assert (folder / "qlora_output/loss.png").read_bytes()[:4] == b"\x89PNG"
 
 

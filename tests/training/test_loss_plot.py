@@ -29,7 +29,6 @@ def draw_run(path, evaluated=True, **calls):
         "evaluations": evaluations if evaluated else [],
         "rows": {"validation": 23},
         "validation_calls": calls if evaluated else None,
-        "kept_step": 12,
     }
     loss_plot.plot(history, path)
     assert path.read_bytes()[:4] == b"\x89PNG"
@@ -45,18 +44,18 @@ def curves(axes):
 
 def test_calls_that_are_all_one_tag_are_one_curve(draw):
     left, right, legend = draw(rows=10, tools=1, arguments=False)
-    assert curves(left) == [*LOSSES, ("best checkpoint: step 12", [0, 1])]
+    assert curves(left) == LOSSES
     assert curves(right) == [("validation accuracy (call/text)", COUNTS["right"])]
     assert list(right.lines[0].get_xdata()) == STEPS
     assert right.get_ylabel() == "validation rows right, of 23"
     assert set(legend) == {label for label, _ in curves(left) + curves(right)}
-    assert len(legend) == 4
+    assert len(legend) == 3
 
 
 @pytest.mark.parametrize("calls", [{"tools": 2, "arguments": False}, {"tools": 1, "arguments": True}])
 def test_decision_name_and_arguments_are_a_curve_each_the_last_two_of_call_rows_alone(draw, calls):
     left, right, legend = draw(rows=10, **calls)
-    assert curves(left) == [*LOSSES, ("best checkpoint: step 12", [0, 1])]
+    assert curves(left) == LOSSES
     assert curves(right) == [
         ("validation decision (of 23)", [13, 20, 23]),
         ("validation name (of 10)", [1, 7, 8]),  # without 11, 12 and 13 text rows
@@ -66,7 +65,7 @@ def test_decision_name_and_arguments_are_a_curve_each_the_last_two_of_call_rows_
     assert right.get_ylabel() == "validation rows right"
     assert set(legend) == {label for label, _ in curves(left) + curves(right)}
     drawn = [*left.lines, *right.lines]
-    assert len({line.get_color() for line in drawn}) == len(set(legend)) == 6
+    assert len({line.get_color() for line in drawn}) == len(set(legend)) == 5
     assert len({line.get_marker() for line in right.lines}) == 3
     top = right.get_ylim()[1]
     assert 23 < top < 25
@@ -76,5 +75,5 @@ def test_decision_name_and_arguments_are_a_curve_each_the_last_two_of_call_rows_
 def test_without_validation_rows_there_is_the_training_loss_alone(draw):
     left, right, legend = draw(evaluated=False)
     assert right is None
-    assert set(legend) == {"training loss", "best checkpoint: step 12"}
-    assert curves(left)[0] == LOSSES[0]
+    assert legend == ["training loss"]
+    assert curves(left) == LOSSES[:1]

@@ -12,7 +12,6 @@ RUN = {
     "rows": {"all": 70},
     "data_sha256": "ab" * 32,
     "bits": 4,
-    "kept_step": 36,
     "steps": 40,
     "settings": {"lora_r": 16, "data": "/home/anna/rows.json", "model": "/home/anna/base", "output": "out"},
     "versions": {"torch": "2.13.0"},
@@ -68,7 +67,7 @@ def test_the_run_and_the_verdict_are_described():
         "- settings: `lora_r 16`",
         "- versions: `torch 2.13.0`",
         f"- rows: 70, sha256 of the file `{'ab' * 32}`",
-        "- trained: in 4 bits, step 36 of 40 kept",
+        "- trained: in 4 bits, 40 steps",
         "- probes passed, base unquantized: 5 of 6",
         "- held-out rows, base unquantized: 19 of 20 calls right, 0 of 20 false calls, F1 0.97",
     ]

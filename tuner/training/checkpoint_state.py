@@ -12,7 +12,7 @@ from safetensors.torch import load
 from tuner.system.console import print_main, printable
 from tuner.system.errors import UserError
 from tuner.training import adapter_weights
-from tuner.training.checkpoints import BEST, OPTIMIZER, WEIGHTS, write_checkpoint
+from tuner.training.checkpoints import OPTIMIZER, WEIGHTS, write_checkpoint
 
 
 class CheckpointWriter:
@@ -33,23 +33,19 @@ class CheckpointWriter:
         self._wait()
         self.pool.shutdown()
 
-    def save(self, history, weights, best, states):
+    def save(self, history, weights, states):
         """Write a checkpoint of weights that will not change; `states` are copied first.
 
-        weights and best are {name: tensor}, best None if it is the weights or not known; states are dicts
-        and lists that torch can save and load with weights_only.
+        weights are {name: tensor}; states are dicts and lists that torch can save and load with weights_only.
         """
         manifest = deepcopy({**self.run_identity, "step": len(history["losses"]), "history": history})
         states = copy_to_cpu(states)
         self._wait()
-        writing = self.pool.submit(self._write, manifest, weights, best, states)
+        writing = self.pool.submit(self._write, manifest, weights, states)
         self.pending = manifest["step"], writing
 
-    def _write(self, manifest, weights, best, states):
-        files = {WEIGHTS: adapter_weights.to_safetensors(weights)}
-        if best is not None:
-            files[BEST] = adapter_weights.to_safetensors(best)
-        files[OPTIMIZER] = to_pickle(states)
+    def _write(self, manifest, weights, states):
+        files = {WEIGHTS: adapter_weights.to_safetensors(weights), OPTIMIZER: to_pickle(states)}
         write_checkpoint(self.output, self.config, manifest, files)
 
     def _wait(self):
@@ -82,16 +78,13 @@ def to_pickle(states):
 def restore(checkpoint, weights, optimizer, schedule):
     """Copy a checkpoint's weights into the tensors {name: tensor}, and set optimizer and schedule.
 
-    Return (history, best): best as {name: tensor}, None if no adapter was evaluated before.
-    Raise UserError if the checkpoint does not fit.
+    Return its history. Raise UserError if the checkpoint does not fit.
     """
     history, files = checkpoint.history, checkpoint.files
     try:
         saved = load(files[WEIGHTS])
-        best = load(files[BEST]) if BEST in files else saved if history["evaluations"] else None
-        for tensors in (saved, best or saved):
-            if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in weights.items()}:
-                raise ValueError("its adapter has other tensors")
+        if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in weights.items()}:
+            raise ValueError("its adapter has other tensors")
         states = torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
         optimizer.load_state_dict(states["optimizer"])
         schedule.load_state_dict(states["schedule"])
@@ -102,4 +95,4 @@ def restore(checkpoint, weights, optimizer, schedule):
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])
-    return history, best
+    return history

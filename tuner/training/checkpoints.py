@@ -18,13 +18,13 @@ from tuner.system.errors import UserError
 
 FOLDER = "checkpoints"
 FORMAT = 2  # of what is in it
-NEWEST_KEPT = 2  # and the one with the best adapter
+NEWEST_KEPT = 2
 MANIFEST = "manifest.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-BEST = "best.safetensors"  # the best adapter so far, where WEIGHTS is another
 OPTIMIZER = "optimizer.pt"  # and the schedule
-FILES = (CONFIG, WEIGHTS, BEST, OPTIMIZER, MANIFEST)
+FILES = (CONFIG, WEIGHTS, OPTIMIZER, MANIFEST)
+EARLIER_FILES = ("best.safetensors",)  # of earlier versions, which kept the best epoch; not read
 
 
 class Checkpoint(NamedTuple):
@@ -95,7 +95,7 @@ def write_checkpoint(output, config, manifest, files):
             folder.rename(output_folder.free_name(folder))
         atomic.rename_synced(part, folder)
     output_folder.unmark(folder.parent)  # a checkpoint shows whose folder it is
-    prune(output, manifest["step"], manifest["history"]["kept_step"])
+    prune(output, manifest["step"])
 
 
 def write_config(config, folder):
@@ -105,12 +105,12 @@ def write_config(config, folder):
     config.save_pretrained(folder)
 
 
-def prune(output, newest, best):
-    """Remove all checkpoints but the newest ones and the best; one later than the newest was damaged."""
+def prune(output, newest):
+    """Remove all checkpoints but the newest ones; one later than the newest was damaged."""
     dirs = checkpoint_dirs(output)
     kept = [step_of(path) for path in dirs if step_of(path) <= newest][:NEWEST_KEPT]
     for path in dirs:
-        if step_of(path) not in (*kept, best):
+        if step_of(path) not in kept:
             remove(path)
 
 
@@ -118,7 +118,8 @@ def remove(folder):
     """Remove a checkpoint's files, and its folder if no other file is in it; one without a seal stays."""
     with suppress(OSError):
         if b'"seal"' in atomic.read_bytes(folder / MANIFEST):
-            for name in FILES:  # the manifest last: what is left of a killed removal is removed the next time
+            # The manifest last: what is left of a killed removal is removed the next time.
+            for name in EARLIER_FILES + FILES:
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()
 
@@ -156,7 +157,7 @@ def read(folder):
         try:
             files[name] = atomic.read_bytes(folder / name)
         except FileNotFoundError:
-            pass  # reported below, unless it is BEST and the manifest names none
+            pass  # reported below
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read ({error.strerror})") from error
     try:
@@ -167,12 +168,12 @@ def read(folder):
         raise UserError(f"{folder / MANIFEST} is missing or cannot be read") from error
     if not intact:
         raise UserError(f"{folder / MANIFEST} has changed since it was written")
-    for name in (CONFIG, WEIGHTS, OPTIMIZER, *(name for name in (BEST,) if name in hashes)):
+    for name in (CONFIG, WEIGHTS, OPTIMIZER):
         if name not in files:
             raise UserError(f"{folder / name} is missing")
         if sha256(files[name]) != hashes.get(name):
             raise UserError(f"{folder / name} has changed since it was written")
-    return Checkpoint(manifest, {name: files[name] for name in files if name in hashes})
+    return Checkpoint(manifest, files)
 
 
 def differences(manifest, run_identity):

@@ -11,7 +11,7 @@ STYLES = (("green", "s--"), ("purple", "^--"), ("red", "v--"))  # color, marker 
 
 
 def plot(history, path):
-    """Draw a run's losses and what its validation rows are right in over steps, and mark the step kept.
+    """Draw a run's losses and what its validation rows are right in over steps.
 
     history: a dict as run.json has it.
     """
@@ -23,8 +23,6 @@ def plot(history, path):
         steps = [e["step"] for e in evaluations]
         axes.plot(steps, [e["loss"] for e in evaluations], "o-", color="tab:orange", label="validation loss")
         draw_accuracy(axes.twinx(), steps, history)
-    kept = history["kept_step"]
-    axes.axvline(kept, color="gray", linestyle=":", label=f"best checkpoint: step {kept}")
     figure.legend(loc="outside upper center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -45,7 +45,7 @@ def purpose(run):
 def describe_run(run):
     """Return lines on how the adapter was trained, by its run.json."""
     settings = {k: v for k, v in run["settings"].items() if k not in ("model", "data", "output")}
-    kept, steps, bits = map(number, (run["kept_step"], run["steps"], run["bits"]))
+    steps, bits = number(run["steps"]), number(run["bits"])
     tools = list(map(code, run.get("tools") or []))
     if len(tools) > SHOWN_TOOLS:
         tools[SHOWN_TOOLS:] = [f"and {len(tools) - SHOWN_TOOLS} more"]
@@ -54,7 +54,7 @@ def describe_run(run):
         f"- settings: {code(', '.join(f'{k} {v}' for k, v in settings.items()))}",
         f"- versions: {code(', '.join(f'{k} {v}' for k, v in run['versions'].items()))}",
         f"- rows: {number(run['rows']['all'])}, sha256 of the file {code(run['data_sha256'])}",
-        f"- trained: in {bits} bits, step {kept} of {steps} kept",
+        f"- trained: in {bits} bits, {steps} steps",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a run has done so far: losses, evaluations, the best adapter; what its checkpoints hold."""
+"""What a run has done so far: losses, evaluations; what its checkpoints hold."""
 
 import math
 import time
@@ -16,9 +16,9 @@ MAX_LOSS_RATIO = 1.5
 
 
 class Progress:
-    """The history of a run, its best adapter and its bar.
+    """The history of a run and its bar.
 
-    history: a dict as run.json has it. save(history, adapter, best, states) writes a checkpoint of it
+    history: a dict as run.json has it. save(history, adapter, states) writes a checkpoint of it
     (CheckpointWriter.save); None in a launcher's other processes.
     """
 
@@ -33,22 +33,19 @@ class Progress:
         self.history = {
             "steps": steps,
             "warmup_steps": splitting.warmup_steps(steps, recipe),
-            "kept_step": steps,
             "losses": [],
             "evaluations": [],
             "resumed_at": [],
             "seconds": 0.0,
             "step_seconds": [],
         }
-        self.best, self.save, self.bar = None, None, None
+        self.save, self.bar = None, None
         self.step, self.resumed_after = 0, 0  # steps counted, and those that a resumed run had done before
         self.seconds_before, self.started = 0.0, time.perf_counter()
 
     def resume(self, checkpoint):
         """Go on from a Checkpoint; raise UserError if it does not fit."""
-        self.history, self.best = checkpoint_state.restore(
-            checkpoint, self.adapter, self.optimizer, self.schedule
-        )
+        self.history = checkpoint_state.restore(checkpoint, self.adapter, self.optimizer, self.schedule)
         self.resumed_after = self.steps_done
         self.history["resumed_at"].append(self.resumed_after)
         self.seconds_before = self.history["seconds"]
@@ -87,12 +84,8 @@ class Progress:
         self.bar.update()
 
     def add_evaluation(self, epoch, evaluation):
-        """Record an Evaluation; keep the adapter if it is the best one (rank)."""
-        earlier, new = self.history["evaluations"], evaluation._asdict()
-        if all(rank(new) < rank(e) for e in earlier):
-            self.best = flat_weights.copy_to_cpu(self.adapter, self.weights)
-            self.history["kept_step"] = self.step
-        earlier.append({"epoch": epoch, "step": self.step, **new})
+        """Record an Evaluation."""
+        self.history["evaluations"].append({"epoch": epoch, "step": self.step, **evaluation._asdict()})
 
     def check_loss(self, loss, gradient_norm):
         """Raise UserError if a step's loss or gradient is not finite, or the loss explodes."""
@@ -122,28 +115,15 @@ class Progress:
         self.update_seconds()
         states = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         adapter = flat_weights.copy_to_cpu(self.adapter, self.weights)
-        best = self.best if self.history["kept_step"] != self.step else None
-        self.save(self.history, adapter, best, states)
+        self.save(self.history, adapter, states)
 
     def finish(self):
-        """Put the best adapter into the model; return the history."""
-        if self.best:
-            with torch.no_grad():
-                for name, weight in self.adapter.items():
-                    weight.copy_(self.best[name])
+        """Return the history of the whole run."""
         self.update_seconds()
         return self.history
 
     def update_seconds(self):
         self.history["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 1)
-
-
-def rank(evaluation):
-    """Return what sorts evaluations, the best first: by most rows right, then named, decided; least loss."""
-    right, loss = evaluation["right"], evaluation["loss"]
-    # An earlier version's checkpoint has neither of the two.
-    named, decided = (evaluation.get(key, right) for key in ("named", "decided"))
-    return -right, -named, -decided, loss
 
 
 def any_stop_requested(stop_request, state):

@@ -13,7 +13,6 @@ RUN = {
     "data_sha256": str,
     "prompts_sha256": [str],
     "bits": int,
-    "kept_step": int,
     "steps": int,
     "rows": {"all": int},
     "tools": [str],

@@ -33,10 +33,10 @@ def plan_run(rows, counts, recipe):
 def warn_of_plan(plan, recipe):
     """Yield what is likely wrong about a Plan."""
     if not plan.validation:
-        yield "too few rows for a validation set: no evaluation, the last step's adapter is saved"
+        yield "too few rows for a validation set: no evaluation"
     elif len(set(plan.validation)) < 2:
         missing = "without" if plan.validation[0] else "with"
-        yield f"no validation row {missing} a call: the best adapter is chosen by the other kind alone"
+        yield f"no validation row {missing} a call: its accuracy says nothing of that kind"
     if plan.steps < 2 * recipe.warmup_steps:
         yield f"only {plan.steps} steps, from few rows; measured: 40 and more teach the call"
 
@@ -51,9 +51,9 @@ def show_plan(plan, recipe):
     )
     print(f"steps      {plan.steps}: {schedule}")
     if plan.validation:
-        print(f"evaluation {recipe.epochs} times, once per epoch; the best one's adapter is saved at the end")
+        print(f"evaluation {recipe.epochs} times, once per epoch")
     else:
-        print("evaluation none; the last step's adapter is saved at the end")
+        print("evaluation none")
     print("checkpoint each epoch, and at Ctrl-C; --resume continues from it")
 
 

@@ -127,7 +127,7 @@ class Trainer:
             raise Stopped
 
     def end_epoch(self, epoch):
-        """Evaluate, keep the best adapter so far, write a checkpoint."""
+        """Evaluate, write a checkpoint."""
         progress, epochs = self.progress, self.recipe.epochs
         if progress.epoch_is_over(epoch, bool(self.evaluator)):  # before the run was stopped
             return
@@ -149,7 +149,7 @@ class Trainer:
             raise Stopped
 
     def describe(self, dtype, loading_seconds):
-        """Put the best adapter into the model; return what run.json says of the run and its machine."""
+        """Return what run.json says of the run and its machine."""
         history = self.progress.finish()
         seconds = {"loading": loading_seconds, "training": history.pop("seconds")}
         trainable, all_parameters = self.model.get_nb_trainable_parameters()
