@@ -80,9 +80,9 @@ def register_packed_attention():
 
 
 @contextmanager
-def packed_attention(config):
-    """Make the layers of the text model with this config use PACKED_ATTENTION within the block."""
-    before, config._attn_implementation = config._attn_implementation, PACKED_ATTENTION
+def packed_attention(config, name=PACKED_ATTENTION):
+    """Make the layers of the text model with this config use the attention of this name within the block."""
+    before, config._attn_implementation = config._attn_implementation, name
     try:
         yield
     finally:

@@ -1,0 +1,95 @@
+"""The layers of training on a CPU: products, dropout and attention are those of torch and bitsandbytes."""
+
+import bitsandbytes
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from tests.support.training import load_with_lora
+from tuner.model import cpu_layers
+
+
+@pytest.mark.parametrize("onednn", [cpu_layers.ONEDNN, False])
+def test_a_product_is_that_of_float64_with_a_transposed_weight_and_strided_inputs_too(monkeypatch, onednn):
+    monkeypatch.setattr(cpu_layers, "ONEDNN", onednn)
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(2, 5, 24), torch.randn(8, 24)
+    strided = torch.randn(24, 5, 2).permute(2, 1, 0)
+    for a, b in ((inputs, weight), (inputs, weight.t().contiguous().t()), (strided, weight)):
+        assert torch.allclose(cpu_layers.product(a, b).double(), a.double() @ b.double().t(), atol=1e-5)
+
+
+def test_a_4_bit_layer_and_its_gradient_are_those_of_bitsandbytes():
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer = layer.to("cpu").train()
+    inputs, gradient = torch.randn(2, 5, 128), torch.randn(2, 5, 64)
+    results = []
+    for kind in (bitsandbytes.nn.Linear4bit, cpu_layers.Linear4bit):
+        layer.__class__ = kind
+        leaf = inputs.clone().requires_grad_()
+        output = layer(leaf)
+        output.backward(gradient)
+        results.append((output, leaf.grad))
+    for their, our in zip(*results, strict=True):
+        assert torch.allclose(their, our, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_drops_its_share_of_elements_each_by_itself():
+    torch.manual_seed(0)
+    mask = cpu_layers.random_mask(torch.Size((1001, 999)), 0.1)
+    assert mask.dtype == torch.bool
+    dropped = (~mask).double()
+    assert dropped.mean() == pytest.approx(0.1, abs=0.0015)  # five standard deviations
+    for shift in (1, 2, 3, 4, 999):  # two elements come of one random number
+        both = dropped.flatten()[shift:] * dropped.flatten()[:-shift]
+        assert both.mean() == pytest.approx(0.01, abs=0.0006)
+    for axis in (0, 1):
+        assert dropped.mean(axis).min() > 0.03
+
+
+def test_dropout_scales_what_it_keeps_drops_the_gradient_too_and_repeats_with_its_seed():
+    layer, inputs = cpu_layers.Dropout(0.1).train(), torch.randn(7, 9)
+    leaf = inputs.clone().requires_grad_()
+    torch.manual_seed(3)
+    output = layer(leaf)
+    output.backward(torch.ones(7, 9))
+    kept = output != 0
+    assert 0 < kept.sum() < 63
+    assert torch.allclose(output, inputs * kept / 0.9)
+    assert torch.allclose(leaf.grad, kept / 0.9)
+    assert not torch.equal(layer(inputs), output)
+    torch.manual_seed(3)
+    assert torch.equal(layer(inputs), output)
+    assert layer.eval()(inputs) is inputs
+
+
+def test_rows_end_to_end_attend_as_each_does_alone():
+    lengths, heads, window = (9, 4, 1), 4, 3
+    torch.manual_seed(0)
+    states = [torch.randn(1, n, sum(lengths), 8, requires_grad=True) for n in (heads, 1, 1)]
+    positions = torch.arange(max(lengths))
+    present = positions < torch.tensor(lengths)[:, None]
+    distance = positions[:, None] - positions
+    visible = present[:, None] & (distance >= 0) & (distance < window)
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)[:, None]
+    output, _ = cpu_layers.attend_unpadded(None, *states, mask, 0.3)
+    alone = []
+    for row in zip(*(tensor.split(lengths, 2) for tensor in states), strict=True):
+        queries, keys, values = row[0], *(tensor.expand(1, heads, -1, 8) for tensor in row[1:])
+        near = visible[0, : queries.shape[2], : queries.shape[2]]
+        alone.append(scaled_dot_product_attention(queries, keys, values, attn_mask=near, scale=0.3))
+    want = torch.cat(alone, 2).transpose(1, 2)
+    assert output.shape == want.shape == (1, sum(lengths), heads, 8)
+    assert torch.allclose(output, want, atol=1e-6)
+    weights = torch.randn(want.shape)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((o * weights).sum(), states) for o in (output, want)), strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_lora_on_a_cpu_has_these_layers_and_leaves_none_of_the_others(tiny_text_model):
+    kinds = [type(module) for module in load_with_lora(tiny_text_model).modules()]
+    assert kinds.count(cpu_layers.Linear4bit) == kinds.count(cpu_layers.Dropout) == 14
+    assert not {bitsandbytes.nn.Linear4bit, torch.nn.Dropout} & set(kinds)
