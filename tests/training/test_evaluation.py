@@ -15,8 +15,11 @@ def evaluator(model, tokenizer, examples, is_call, **options):
     return Evaluator(model, examples, tokenizer, CPU, **options)
 
 
-def test_loss_and_predictions_are_those_of_the_whole_models_logits(tiny_model, examples):
+@pytest.mark.parametrize("checkpointed", [False, True])  # as on a CPU, and as on a GPU
+def test_loss_and_predictions_are_those_of_the_whole_models_logits(tiny_model, examples, checkpointed):
     model = awaken(load_with_lora(tiny_model)).eval()
+    if checkpointed:
+        loss_functions.checkpoint_layers(model)
     ids, mask, labels = collate.collate_padded(examples[:5], 0, "cpu")
     with torch.no_grad():
         loss, predictions = loss_functions.loss_and_predictions(model, (ids, mask, labels))

@@ -7,18 +7,21 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from tuner.model import attention
+from tuner.training import cpu_loss
 from tuner.training.memory_plan import LOGITS_AT_ONCE
 
 
 def loss_and_predictions(model, batch, logits_at_once=None):
     """Return the summed cross entropy of a padded batch's trained tokens, and the most likely token for each.
 
-    Logits are computed for trained positions only: with gradient checkpointing `logits_at_once` of them at a
-    time (None: LOGITS_AT_ONCE), and again in the backward pass instead of being kept. Predictions are in the
+    Logits are computed for trained positions only, `logits_at_once` of them at a time (None: LOGITS_AT_ONCE),
+    and again in the backward pass instead of being kept; on a CPU as in cpu_loss. Predictions are in the
     order in which labels[:, 1:] has the trained tokens.
     """
     input_ids, attention_mask, labels = batch
     base = model.get_base_model()
+    if labels.device.type == "cpu" and not base.is_gradient_checkpointing:
+        return cpu_loss.loss_and_predictions(model, batch)
     head = base.get_output_embeddings()
     trained = labels[:, 1:] != -100
     targets = labels[:, 1:][trained]
@@ -34,8 +37,6 @@ def loss_and_predictions(model, batch, logits_at_once=None):
         # The text model alone: the multimodal class around it would ask for the type of every token.
         hidden = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         hidden = hidden[:, :-1][trained]
-        if torch.is_grad_enabled() and not base.is_gradient_checkpointing:
-            return chunk(hidden, targets)
         size = logits_at_once or LOGITS_AT_ONCE
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         results = [checkpoint(chunk, *pair, use_reentrant=False) for pair in chunks]
