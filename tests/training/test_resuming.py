@@ -341,13 +341,17 @@ def test_an_adapter_moves_within_a_mount_point_whenever_that_is_killed(undisturb
     assert names(disk / "run.1") == ["mine"]
 
 
-def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(arguments, tmp_path):
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(arguments, tmp_path, marked):
     output = tmp_path / "qlora_output"
     adapter_folder.prepare(output)
-    (output / "notes.txt").write_text("mine")
+    if marked:
+        (output / "notes.txt").write_text("mine")
+    else:  # killed between making the folder and marking it
+        (output / "checkpoints/.tuner").unlink()
     code, _, errors = run_training(*arguments, "--epochs", 1, folder=tmp_path)
     assert code == 0, errors
-    assert (output / "notes.txt").read_text() == "mine"
+    assert (output / "notes.txt").is_file() == marked
     assert names(output / "checkpoints") == ["step-000002"]
 
 

@@ -49,8 +49,13 @@ def is_finished(output):
 
 def is_unfinished(output):
     """Return whether a folder holds what a run leaves that ended before its adapter, among other things."""
-    began = output_folder.is_marked(Path(output, checkpoints.FOLDER))
-    return began or bool(checkpoints.checkpoint_dirs(output))
+    folder = Path(output, checkpoints.FOLDER)
+    if output_folder.is_marked(folder) or checkpoints.checkpoint_dirs(output):
+        return True
+    with suppress(OSError):  # empty and alone: killed before it was marked, or when its mark was removed
+        others = [path for path in Path(output).iterdir() if not output_folder.is_stray(path)]
+        return others == [folder] and not os.listdir(folder)
+    return False
 
 
 @contextmanager
