@@ -119,7 +119,7 @@ def train_ours(work, bits, memory):
     output = Path(work.folder, "ours")
     command = [sys.executable, ROOT / "train_qlora.py", "--model", work.model, "--data", work.data]
     command += ["--output", output, "--bits", bits, "--epochs", work.epochs]
-    command += ["--memory", memory] if memory else ["--rehearse"]
+    command += ["--memory", memory] if memory else ["--rehearse", "--batch-size", RECIPE.rows_per_step]
     seconds = run_command(command, work.folder)
     if seconds is None:
         return None

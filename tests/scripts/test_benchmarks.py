@@ -116,7 +116,7 @@ def test_a_verdict_over_seeds_trains_and_judges_each_and_writes_its_table(
     for one in seeds:
         assert (one["sets"]["mine"]["rows"], one["sets"]["probes"]["rows"]) == (rows, 6)
     lines = results.read_text().splitlines()
-    assert lines[1] == "## 2 seeds, 4 bits, 2 steps on the CPU"
+    assert lines[1] == "## 2 seeds, 4 bits, 5 steps on the CPU"
     assert [line.split(" | ")[0] for line in lines[-3:-1]] == ["| probes", "| mine"]
 
 

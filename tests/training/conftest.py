@@ -16,7 +16,7 @@ def examples(tokenizer):
 def arguments(tiny_text_model, few_rows):
     """Of a run of 8 steps: 20 rows, 2 of them for validation, 2 steps an epoch, 4 epochs."""
     rows_and_model = ["--rehearse", "--model", tiny_text_model, "--data", few_rows]
-    return [*rows_and_model, "--epochs", 4, "--learning-rate", 3e-3]
+    return [*rows_and_model, "--epochs", 4, "--batch-size", 16, "--learning-rate", 3e-3]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,18 @@ from tests.support.training import recipe
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder, run_command
 
-NAMES = ("rehearse", "bits", "epochs", "learning_rate", "seed", "data", "model", "output", "resume")
+NAMES = (
+    "rehearse",
+    "bits",
+    "epochs",
+    "rows_per_step",
+    "learning_rate",
+    "seed",
+    "data",
+    "model",
+    "output",
+    "resume",
+)
 RUN = {"data": "my rows.json", "model": "-base", "settings": recipe(bits=8, rehearse=True, seed=7).settings()}
 
 
@@ -45,6 +56,7 @@ def test_it_has_the_flags_that_the_run_began_with(tmp_path, monkeypatch):
             "rehearse": True,
             "bits": 8,
             "epochs": 10,
+            "rows_per_step": 16,
             "learning_rate": 1e-4,
             "seed": 7,
             "data": "my rows.json",

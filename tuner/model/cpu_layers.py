@@ -6,7 +6,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 UNPADDED_ATTENTION = "unpadded"  # the name under which transformers knows ours
-ONEDNN = torch.backends.mkldnn.is_available()  # not in torch for a Mac
+# The op is not in torch for a Mac, and of no public interface.
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def replace_layers(model):

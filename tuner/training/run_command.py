@@ -8,8 +8,9 @@ from tuner.system import commands
 from tuner.training import checkpoints
 
 # Flags of train_qlora.py whose values a manifest has, and the types that these must have to be printed.
-FLAGS = {"rehearse": bool, "bits": int, "epochs": int, "learning_rate": float, "seed": int}
-FLAGS |= {"data": str, "model": str}
+FLAGS = {"rehearse": bool, "bits": int, "epochs": int, "rows_per_step": int, "learning_rate": float}
+FLAGS |= {"seed": int, "data": str, "model": str}
+NAMES = {"rows_per_step": "batch_size"}  # of flags that are not those of their values
 
 
 def begun_with(args):
@@ -20,7 +21,8 @@ def begun_with(args):
 def resume_command(output):
     """Return the command that resumes the run in a folder; flags that no checkpoint names are left out."""
     known = began_with(output)
-    flags = {name: known[name] for name, kind in FLAGS.items() if type(known.get(name)) is kind}
+    names = [name for name, kind in FLAGS.items() if type(known.get(name)) is kind]
+    flags = {NAMES.get(name, name): known[name] for name in names}
     return commands.command("train_qlora.py", **flags, output=output, resume=True)
 
 
