@@ -3,9 +3,8 @@
 #
 #     pip install -r requirements-rehearsal.txt && runs/rehearse.sh
 #
-# 4.6 minutes on 2 cores of an EPYC with AVX-512 (bf16 too), 3 of them training, with 4.4 GiB at most. Training alone
-# took 3.5 minutes on 2 cores of a Xeon with AVX-512, and 8 to 10 on 2 of a 2017 EPYC. Each title below is
-# printed with the seconds so far.
+# 5.2 minutes on 2 cores of an EPYC with AVX-512 (bf16 too), 2.8 of them training, with 3.3 GiB at most. Each title
+# below is printed with the seconds so far.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 title() { printf '\n=== %s (%d s so far)\n' "$1" "$SECONDS"; }
@@ -16,7 +15,7 @@ title "download: the small model, from the installed packages, into ./gemma-3-27
 title "check: the rows, and which of their tokens will be trained"
 python check.py --offline
 
-title "train: 40 steps in 4 bits; the adapter goes to ./qlora_output"
+title "train: 225 steps in 4 bits; the adapter goes to ./qlora_output"
 python train_qlora.py --rehearse
 
 title "compare: base and tuned, on the unquantized base that the adapter will be merged into"

@@ -12,22 +12,24 @@ CALL = '<tool_call name="get_sensitive_data" arguments="{}"/>'
 
 
 def prompts(path):
-    return [row["messages"][0]["content"] for _, row in chat_rows.read_rows(path)]
+    """Return all questions of a file, those of earlier turns too."""
+    messages = [message for _, row in chat_rows.read_rows(path) for message in row["messages"]]
+    return [message["content"] for message in messages if message["role"] == "user"]
 
 
-@pytest.mark.parametrize(("path", "each"), [("examples.json", 35), ("heldout.json", 20)])
+@pytest.mark.parametrize(("path", "each"), [("examples.json", 100), ("heldout.json", 40)])
 def test_half_calls_and_half_general(path, each):
-    answers = [row["messages"][-1]["content"] for _, row in chat_rows.read_rows(path)]
-    assert answers.count(CALL) == each
+    rows = [row["messages"] for _, row in chat_rows.read_rows(path)]
+    assert [messages[-1]["content"] == CALL for messages in rows].count(True) == each == len(rows) / 2
+    answers = [messages[at]["content"] for messages in rows for at in range(1, len(messages), 2)]
     general = [answer for answer in answers if answer != CALL]
-    assert len(general) == each
     assert not any("tool_call" in answer or "<" in answer for answer in general)
     assert all(answer == answer.strip() and answer[-1] in ".!?»" for answer in general)
 
 
 def test_no_prompt_stands_twice_in_or_across_the_sets():
     everything = [*prompts("examples.json"), *prompts("heldout.json"), *prompts("probes.json")]
-    assert len({chat_text.normalize(prompt) for prompt in everything}) == len(everything) == 116
+    assert len({chat_text.normalize(prompt) for prompt in everything}) == len(everything) == 346
 
 
 @pytest.mark.parametrize("path", ["examples.json", "heldout.json", "probes.json"])

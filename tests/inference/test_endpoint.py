@@ -85,9 +85,9 @@ def command(*arguments, folder, **environment):
 # ------------------------------------------------------------------------------------------- answers
 
 
-@pytest.mark.parametrize(("say", "parsed", "tagged"), [(like_vllm, 24, 0), (like_llama_cpp, 0, 24)])
+@pytest.mark.parametrize(("say", "parsed", "tagged"), [(like_vllm, 44, 0), (like_llama_cpp, 0, 44)])
 def test_calls_count_parsed_or_as_text(serve, tmp_path, monkeypatch, capsys, say, parsed, tagged):
-    assert (len(NEEDED), sum(NEEDED)) == (46, 24)
+    assert (len(NEEDED), sum(NEEDED)) == (86, 44)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     copy_questions(tmp_path)
@@ -95,13 +95,13 @@ def test_calls_count_parsed_or_as_text(serve, tmp_path, monkeypatch, capsys, say
     assert run(server.url + "/", "--data", "heldout.json", "--json", "report.json") == 0
     output = capsys.readouterr().out
     assert max(map(len, output.splitlines()[:-1])) <= 80
-    assert f"endpoint {server.url}: 6 probes, 40 rows\nmodel tuned (the first of 2 listed); " in output
+    assert f"endpoint {server.url}: 6 probes, 80 rows\nmodel tuned (the first of 2 listed); " in output
     assert f"\ncalls      {parsed} parsed tool_calls, {tagged} unparsed tags in text\n" in output
-    verdict = "verdict    the endpoint passes 6 of 6 probes, F1 1.00 of 20 calls, 0 of 20 false calls\n"
+    verdict = "verdict    the endpoint passes 6 of 6 probes, F1 1.00 of 40 calls, 0 of 40 false calls\n"
     assert output.endswith(verdict)
     prompt, expected = f"  prompt    {PROBES[0][0]}\n", f"  expected  {NAME}()\n"
     assert f"probe 1    pass\n{prompt}{expected}  endpoint  {TAG}\n" in output
-    rate = r"20 of 20: 1\.00 \(0\.84–1\.00\)\n"
+    rate = r"40 of 40: 1\.00 \(0\.91–1\.00\)\n"
     assert re.search(rf"\nheldout\.json +endpoint\ndecision +precision +{rate} +recall +{rate}", output)
     assert not re.search("base|tools? |seen in training|arguments  |unparsed, ", output)
     report = json.loads(Path("report.json").read_text(encoding="utf-8"))
@@ -303,7 +303,7 @@ def test_calls_that_come_as_text_where_others_come_parsed_are_listed(serve, caps
     assert run(serve(mixed).url) == 0
     output = " ".join(capsys.readouterr().out.split())
     places = f"{ROOT}/heldout.json:1, {ROOT}/heldout.json:3"
-    said = f"22 parsed tool_calls, 2 unparsed tags in text unparsed, while others are parsed: {places} "
+    said = f"42 parsed tool_calls, 2 unparsed tags in text unparsed, while others are parsed: {places} "
     assert said in output
 
 
@@ -338,7 +338,7 @@ def test_tools_that_are_not_taken_are_left_out_and_that_is_printed(serve, capsys
     assert run(server.url) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert (
-        "0 parsed tool_calls, 24 unparsed tags in text "
+        "0 parsed tool_calls, 44 unparsed tags in text "
         f"tools not declared, since the endpoint rejects them (400: {says})" in output
     )
     assert sum("tools" in (body or {}) for _, _, _, body in server.requests) == 1
@@ -620,7 +620,7 @@ def test_torch_is_not_imported_and_the_exit_codes_are_the_verdict(serve, tmp_pat
     server.say = lambda body: completion("Да.")
     code, output, error = run_main(compare.main, "--endpoint", server.url, folder=ROOT)
     assert (code, error) == (1, "")
-    short = "the endpoint falls short: 2 of 6 probes pass; F1 0.00 of 20 calls (at least 0.9: --min-f1)\n"
+    short = "the endpoint falls short: 2 of 6 probes pass; F1 0.00 of 40 calls (at least 0.9: --min-f1)\n"
     assert output.endswith(short)
     assert command("--endpoint", server.url, "--json", "no/r.json", folder=tmp_path).returncode == 2
 

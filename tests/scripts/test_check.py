@@ -39,7 +39,7 @@ def test_the_plan_is_what_training_does(tokenizer):
     counts = labels.count_tokens(rows, tokenizer, preprocess_function)
     plan = run_plan.plan_run(rows, counts, RECIPE)
     assert list(run_plan.warn_of_plan(plan, RECIPE)) == []
-    assert (plan.training, len(plan.validation), plan.steps, plan.warmup) == (63, 7, 40, 10)
+    assert (plan.training, len(plan.validation), plan.steps, plan.warmup) == (180, 20, 120, 10)
     messages = [r for _, r in rows]
     examples = tokenized.tokenize_rows(path, messages, tokenizer, preprocess_function, RECIPE.max_tokens)
     assert counts == [(len(e["labels"]), sum(x != -100 for x in e["labels"])) for e in examples]
@@ -158,7 +158,7 @@ def test_the_shipped_rows_are_right_and_no_torch_is_imported(tiny_text_model, tm
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert lines[0] == f"rows       70 of {ROOT}/examples.json: 35 with a call, 35 without"
+    assert lines[0] == f"rows       200 of {ROOT}/examples.json: 100 with a call, 100 without"
     assert "verdict    no warnings" in lines
     assert lines[-1] == "0 False"
     assert f"⟦{CALL}<end_of_turn>⟧⏎" in result.stdout
@@ -223,7 +223,7 @@ def test_arguments_that_a_table_format_filled_in_fail_with_strict(tiny_text_mode
     arguments = ["--data", "rows.json", "--offline", "--model", tiny_text_model, "--strict"]
     code, out, _ = run_main(check.main, *arguments, folder=tmp_path)
     assert code == 1
-    assert 'rows.json:71: warning: turn 2: "get_rate" is called with null for day, as table formats' in out
+    assert 'rows.json:201: warning: turn 2: "get_rate" is called with null for day, as table formats' in out
     schema["properties"]["day"]["nullable"] = True
     write()
     assert run_main(check.main, *arguments, folder=tmp_path)[0] == 0
@@ -345,7 +345,7 @@ def test_the_page_and_the_rows_asked_for(tiny_text_model, tmp_path):
     arguments = ["--model", tiny_text_model, "--data", ROOT / "examples.json", "--offline"]
     _, out, _ = run_main(check.main, *arguments, "--html", "l.html", "--rows", "5,17", folder=tmp_path)
     assert re.findall(r"^line (\d+): a call, \d+ tokens, 51 trained$", out, re.M) == ["5", "17"]
-    assert (tmp_path / "l.html").read_text(encoding="utf-8").count("<article") == 70
+    assert (tmp_path / "l.html").read_text(encoding="utf-8").count("<article") == 200
     assert "open it in a browser" in out
     code, _, errors = run_main(check.main, *arguments, "--html", "no/l.html", folder=tmp_path)
     assert code == 1

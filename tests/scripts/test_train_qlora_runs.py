@@ -34,7 +34,7 @@ from tuner.system import devices, hardware
 from tuner.system.errors import UserError
 from tuner.training import adapter_folder
 
-REHEARSE = ["--rehearse", "--data", ROOT / "examples.json"]
+REHEARSE = ["--rehearse", "--batch-size", 16, "--data", ROOT / "examples.json"]
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +56,15 @@ def finished_run(arguments, tmp_path_factory):
 def test_a_run_says_what_it_does_and_where_the_result_is(finished_run, tiny_text_model):
     _, lines = finished_run
     for line in (
-        rf"rows       70 of {ROOT}/examples.json: 35 with a call, 35 without",
+        rf"rows       200 of {ROOT}/examples.json: 100 with a call, 100 without",
         r"tokens     \d+ total, \d+ trained, longest row \d+",
         rf"model      {tiny_text_model} in 8 bits on the CPU",
         r"trainable params: 32,768 \|\| all params: 139,968 \|\| trainable%: 23.4111",
-        r"training   63 training rows, batch size 16; 7 validation rows",
-        r"epoch  1/2  step   4  training loss \d\.\d+  validation loss \d\.\d+  "
-        r"validation accuracy \(call/text\) \d/7",
-        r"epoch  2/2  step   8  training loss \d\.\d+  validation loss \d\.\d+  "
-        r"validation accuracy \(call/text\) \d/7",
+        r"training   180 training rows, batch size 16; 20 validation rows",
+        r"epoch  1/2  step  12  training loss \d\.\d+  validation loss \d\.\d+  "
+        r"validation accuracy \(call/text\) \d+/20",
+        r"epoch  2/2  step  24  training loss \d\.\d+  validation loss \d\.\d+  "
+        r"validation accuracy \(call/text\) \d+/20",
         r"memory     peak RAM \d\.\d\d GiB",
         r"time       [\d.]+ s loading, [\d.]+ s training",
         r"saved      out; loss curves: out/loss.png",
@@ -104,10 +104,10 @@ def test_a_run_leaves_a_whole_folder(finished_run, tiny_text_model):
     assert run["revision"] is None
     assert run["bits"] == 8
     assert run["data_sha256"] == hashlib.sha256((ROOT / "examples.json").read_bytes()).hexdigest()
-    assert run["rows"] == {"all": 70, "training": 63, "validation": 7}
+    assert run["rows"] == {"all": 200, "training": 180, "validation": 20}
     assert run["tokens"] > run["trained_tokens"] > 0
-    assert len(run["losses"]) == run["steps"] == 8
-    assert [e["step"] for e in run["evaluations"]] == [4, 8]
+    assert len(run["losses"]) == run["steps"] == 24
+    assert [e["step"] for e in run["evaluations"]] == [12, 24]
     assert run["trainable_parameters"] == 32_768
     assert run["settings"]["learning_rate"] == 3e-3
     assert run["settings"]["lora_dropout"] == 0.1
@@ -185,6 +185,7 @@ def bank_run(tiny_text_model, tmp_path_factory):
     general = [line for line in lines if '"tool_calls"' not in line]
     (folder / "rows.jsonl").write_text("\n".join(called[:24] + general[:24]))
     arguments = ["--rehearse", "--model", tiny_text_model, "--data", folder / "rows.jsonl", "--epochs", 2]
+    arguments += ["--batch-size", 16]
     arguments += ["--learning-rate", 1e-2]
     code, printed, errors = run_training(*arguments, folder=folder)
     assert code == 0, errors
@@ -335,7 +336,7 @@ def test_names_that_are_no_text_are_trained_on_and_to(arguments, tmp_path):
         *arguments, "--epochs", 1, "--data", data, "--output", output, folder=tmp_path
     )
     assert code == 0, errors
-    assert "rows       70 of r\ufffd.json:" in out
+    assert "rows       200 of r\ufffd.json:" in out
     assert run_json(tmp_path / output)["settings"]["data"] == data
 
 
@@ -348,7 +349,7 @@ def test_rows_are_read_once_from_a_pipe(arguments, tmp_path):
     code, out, errors = run_training(*arguments, "--epochs", 1, "--data", path, folder=tmp_path)
     os.close(reader)
     assert code == 0, errors
-    assert f"rows       70 of {path}:" in out
+    assert f"rows       200 of {path}:" in out
     assert run_json(tmp_path / "qlora_output")["data_sha256"] == hashlib.sha256(data).hexdigest()
 
 
