@@ -19,7 +19,7 @@ RUN = "run.json"  # how it was trained; a merged model has the part of it that t
 # What a base's tokenizer consists of; it goes along, with the chat template that was used.
 TOKENIZER = (*folders.TOKENIZER_FILES, "chat_template.jinja", "chat_template.json")
 COMPARISON = "compare.json"  # what compare.py leaves beside the adapter, for the merged model's card
-# Bytes, on 4B: three checkpoints and one being written, of 300 MB each, adapter (120), tokenizer (33), plot.
+# Bytes, on 4B: two checkpoints and one being written, of 300 MB each, adapter (120), tokenizer (33), plot.
 DISK_NEEDED = 1.5e9
 
 
@@ -52,10 +52,14 @@ def is_unfinished(output):
     folder = Path(output, checkpoints.FOLDER)
     if output_folder.is_marked(folder) or checkpoints.checkpoint_dirs(output):
         return True
-    with suppress(OSError):  # empty and alone: killed before it was marked, or when its mark was removed
-        others = [path for path in Path(output).iterdir() if not output_folder.is_stray(path)]
-        return others == [folder] and not os.listdir(folder)
+    with suppress(OSError):  # killed before the folder was marked, or when its mark was removed
+        return is_alone(folder) and not os.listdir(folder)
     return False
+
+
+def is_alone(path):
+    """Return whether all else in its folder counts for nothing; raise OSError if that cannot be listed."""
+    return [other for other in path.parent.iterdir() if not output_folder.is_stray(other)] == [path]
 
 
 @contextmanager
@@ -140,8 +144,7 @@ def remove_if_empty(output, only_checkpoints=False):
     """Remove the folder of a run that left nothing, or only that of its checkpoints."""
     folder = Path(output, checkpoints.FOLDER)
     with suppress(OSError):
-        others = [path for path in Path(output).iterdir() if not output_folder.is_stray(path)]
-        empty = [path.name for path in folder.iterdir()] == [output_folder.MARK] and others == [folder]
+        empty = os.listdir(folder) == [output_folder.MARK] and is_alone(folder)
         if empty or is_finished(output):
             output_folder.unmark(folder)
     for path in (folder, *([] if only_checkpoints else [Path(output)])):
