@@ -41,7 +41,7 @@ def test_a_mask_drops_its_share_of_elements_each_by_itself():
     assert mask.dtype == torch.bool
     dropped = (~mask).double()
     assert dropped.mean() == pytest.approx(0.1, abs=0.0015)  # five standard deviations
-    for shift in (1, 2, 3, 4, 999):  # two elements come of one random number
+    for shift in (1, 2, 3, 4, 999):  # four elements come of one random number
         both = dropped.flatten()[shift:] * dropped.flatten()[:-shift]
         assert both.mean() == pytest.approx(0.01, abs=0.0006)
     for axis in (0, 1):

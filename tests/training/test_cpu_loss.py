@@ -32,6 +32,28 @@ def test_the_streamed_loss_gradient_and_predictions_are_those_of_float64(monkeyp
     assert torch.equal(same, predictions)
 
 
+def test_the_gradient_leaves_out_what_is_negligible_for_every_token(monkeypatch):
+    monkeypatch.setattr(cpu_loss, "VOCABULARY_AT_ONCE", 100)
+    torch.manual_seed(0)
+    hidden, head, targets = 2 * torch.randn(3, 16), torch.randn(1000, 16), torch.randint(1000, (3,))
+    theirs = hidden.double().requires_grad_()
+    logits = theirs @ head.double().t()
+    cross_entropy(logits, targets, reduction="sum").backward()
+    likely = (logits.softmax(-1) > cpu_loss.NEGLIGIBLE).any(0).sum().item()
+    assert likely < 500, "else this test shows nothing"
+    multiplied = []
+
+    def product(inputs, weight):
+        multiplied.append(inputs.shape[1])
+        return inputs @ weight.t()
+
+    monkeypatch.setattr(cpu_loss.cpu_layers, "product", product)
+    ours = hidden.clone().requires_grad_()
+    cpu_loss.StreamedCrossEntropy.apply(ours, head, targets)[0].backward()
+    assert likely <= sum(multiplied) - 10 * 16 < 500
+    assert (ours.grad - theirs.grad).norm() < 1e-2 * theirs.grad.norm()
+
+
 def test_of_equal_logits_the_first_is_predicted_as_argmax_does(monkeypatch):
     monkeypatch.setattr(cpu_loss, "VOCABULARY_AT_ONCE", 2)
     head = torch.tensor([1.0, 3.0, 2.0, 3.0, 3.0])[:, None]

@@ -33,36 +33,37 @@ def product(inputs, weight):
 
 
 class Linear4bit(bitsandbytes.nn.Linear4bit):
-    """A frozen 4-bit layer; its weight is dequantized for each product, 3 % of a step, and not kept."""
+    """A frozen 4-bit layer, dequantized once: 0.4 GB with 270M, for 3 to 14 % of a step of four rows."""
+
+    dequantized = None
 
     def forward(self, inputs):
         if inputs.dtype != torch.float32 or self.bias is not None:
             return super().forward(inputs)
-        return FrozenProduct.apply(inputs, self.weight)
+        if self.dequantized is None:
+            weight = bitsandbytes.functional.dequantize_4bit(self.weight, self.weight.quant_state)
+            self.dequantized = weight.float()
+        return FrozenProduct.apply(inputs, self.dequantized)
 
 
 class FrozenProduct(torch.autograd.Function):
-    """inputs × weightᵀ for a quantized weight, a Params4bit, which has no gradient."""
+    """inputs × weightᵀ for a weight that has no gradient."""
 
     @staticmethod
     def forward(ctx, inputs, weight):
         ctx.weight = weight
-        return product(inputs, dequantize(weight))
+        return product(inputs, weight)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return product(grad_output, dequantize(ctx.weight).t()), None
-
-
-def dequantize(weight):
-    return bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state).float()
+        return product(grad_output, ctx.weight.t()), None
 
 
 # --------------------------------------------------------------------------------------------- dropout
 
 
 class Dropout(torch.nn.Dropout):
-    """Dropout whose mask is of 32 random bits an element: a quarter of the time of torch's bernoulli_."""
+    """Dropout whose mask is of 16 random bits an element: a fifth of the time of torch's bernoulli_."""
 
     def forward(self, inputs):
         return FastDropout.apply(inputs, self.p) if self.training and self.p else inputs
@@ -80,10 +81,10 @@ class FastDropout(torch.autograd.Function):
 
 
 def random_mask(shape, p):
-    """Return a mask that is true with a probability of 1 − p (to 2⁻³²) from torch's generator."""
+    """Return a mask that is true with a probability of 1 − p (to 2⁻¹⁶) from torch's generator."""
     count = shape.numel()
-    bits = torch.empty(-(-count // 2), dtype=torch.int64).random_(-(2**63), None)
-    return bits.view(torch.int32)[:count].view(shape) >= round(p * 2**32) - 2**31
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    return bits.view(torch.int16)[:count].view(shape) >= round(p * 2**16) - 2**15
 
 
 # ------------------------------------------------------------------------------------------- attention
