@@ -61,7 +61,7 @@ class Recipe:
 
 RECIPE = Recipe()
 # Ours: 270M parameters want larger steps, and a CPU few rows: small steps teach more with each of them.
-REHEARSAL = {"rehearse": True, "epochs": 5, "rows_per_step": 4, "learning_rate": 1e-3}
+REHEARSAL = {"rehearse": True, "epochs": 4, "rows_per_step": 4, "learning_rate": 1e-3}
 
 
 # ------------------------------------------------------------------------------- what makes it QLoRA
@@ -204,8 +204,8 @@ def tune(args, recipe, rows):
         loss_functions.checkpoint_layers(model)
     if is_main_process():
         model.print_trainable_parameters()
-    if plan:
-        fused.fuse_layers(model)
+    if plan or recipe.rehearse:
+        fused.fuse_layers(model, cpu=recipe.rehearse)
     loading_seconds = round(time.perf_counter() - started, 1)
 
     # Steps.

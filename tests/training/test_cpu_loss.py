@@ -85,3 +85,26 @@ def test_no_layer_computes_a_pad_and_each_token_is_as_in_the_padded_batch(tiny_t
     assert mask.sum() < mask.numel()
     assert torch.allclose(ours, want, rtol=1e-4, atol=1e-5)
     assert decoder.config._attn_implementation == "sdpa"  # as it was
+
+
+def test_tokens_behind_the_last_trained_one_are_not_computed(tiny_text_model, examples):
+    model = load_with_lora(tiny_text_model).eval()
+    input_ids, mask, labels = collate.collate_padded(examples[:3], 0, "cpu")
+    seen = []
+    hook = (
+        model.get_base_model()
+        .get_decoder()
+        .register_forward_hook(
+            lambda _, __, options, ___: seen.append(options["input_ids"].numel()), with_kwargs=True
+        )
+    )
+    loss, _ = cpu_loss.loss_and_predictions(model, (input_ids, mask, labels))
+    hook.remove()
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
+    want = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    # What predicts the last trained token is that before it, and a row ends with two more.
+    last = [max(i for i, label in enumerate(row) if label != -100) for row in labels.tolist()]
+    assert seen == [sum(last)]
+    assert sum(last) <= mask.sum() - 2 * 3

@@ -2,13 +2,10 @@
 
 from peft import get_peft_model
 
-from tuner.model import cpu_layers
-
 
 def add_lora(model, config):
     """Return the model wrapped by a LoraConfig: nothing else is trained.
 
-    On a CPU its frozen layers and dropouts are cpu_layers'.
     prepare_model_for_kbit_training is not called: it would cast the 262k-row embedding to fp32 (+1.3 GB).
     """
     exclude_modules = config.exclude_modules
@@ -17,8 +14,6 @@ def add_lora(model, config):
     model = get_peft_model(model, config)
     if hasattr(model.config, "vision_config"):  # who loads the adapter may have a vision tower with layers
         config.exclude_modules = exclude_modules
-    if model.device.type == "cpu":
-        cpu_layers.replace_layers(model)
     return model
 
 

@@ -13,9 +13,10 @@ def loss_and_predictions(model, batch):
 
     model: wrapped by lora.add_lora; batch: input_ids, attention_mask, labels, (rows, longest).
     """
-    input_ids, attention_mask, labels = batch
+    input_ids, _, labels = batch
     trained = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-    hidden = hidden_states(model, input_ids, attention_mask.bool())[trained[attention_mask.bool()]]
+    needed = trained.flip(1).cummax(1).values.flip(1)  # nothing looks back at what follows the last of them
+    hidden = hidden_states(model, input_ids, needed)[trained[needed]]
     head = model.get_base_model().get_output_embeddings().weight
     return StreamedCrossEntropy.apply(hidden, head, labels[:, 1:][trained[:, :-1]])
 
