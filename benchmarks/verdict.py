@@ -137,7 +137,8 @@ def main():
     if args.results or on_gpu:
         path = Path(args.results or RESULTS)
         document = path.read_text(encoding="utf-8") if path.exists() else ""
-        path.write_text(replace_section(document, f"verdict {args.bits} bits", lines), encoding="utf-8")
+        kind = f"verdict {args.bits} bits" + " on a CPU" * (not on_gpu)
+        path.write_text(replace_section(document, kind, lines), encoding="utf-8")
         print(f"written to {path}")
 
 

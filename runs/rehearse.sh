@@ -3,7 +3,7 @@
 #
 #     pip install -r requirements-rehearsal.txt && runs/rehearse.sh
 #
-# 5.2 minutes on 2 cores of an EPYC with AVX-512 (bf16 too), 2.8 of them training, with 3.3 GiB at most. Each title
+# 4.5 minutes on 2 cores of an EPYC with AVX-512 (bf16 too), 2.3 of them training, with 3.6 GiB at most. Each title
 # below is printed with the seconds so far.
 set -euo pipefail
 cd "$(dirname "$0")/.."
