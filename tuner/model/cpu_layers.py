@@ -42,13 +42,13 @@ class DequantizedLinear:
 
 
 def dropout(inputs, p, train=True):
-    """Return (inputs after dropout, mask) as torch.native_dropout does, in a fifth of its time."""
+    """Return (inputs after dropout, mask) as torch.native_dropout does."""
     mask = random_mask(inputs.shape, p).to(inputs.dtype)  # booleans would be converted by each product
     return (inputs * mask).mul_(1 / (1 - p)), mask
 
 
 def random_mask(shape, p):
-    """Return a mask that is true with a probability of 1 − p (to 2⁻¹⁶) from torch's generator."""
+    """Return a mask that is true with a probability of 1 − p (to 2⁻¹⁶), in a fifth of bernoulli_'s time."""
     count = shape.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     return bits.view(torch.int16)[:count].view(shape) >= round(p * 2**16) - 2**15
