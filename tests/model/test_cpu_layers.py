@@ -1,6 +1,5 @@
-"""The layers of training on a CPU: products, dropout and attention are those of torch and bitsandbytes."""
+"""The layers of training on a CPU: products, dropout and attention are those of torch."""
 
-import bitsandbytes
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,18 +15,6 @@ def test_a_product_is_that_of_float64_with_a_transposed_weight_and_strided_input
     strided = torch.randn(24, 5, 2).permute(2, 1, 0)
     for a, b in ((inputs, weight), (inputs, weight.t().contiguous().t()), (strided, weight)):
         assert torch.allclose(cpu_layers.product(a, b).double(), a.double() @ b.double().t(), atol=1e-5)
-
-
-def test_a_4_bit_layers_products_are_those_of_bitsandbytes():
-    torch.manual_seed(0)
-    layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    layer = layer.to("cpu").train()
-    inputs, gradient = torch.randn(5, 128, requires_grad=True), torch.randn(5, 64)
-    output = layer(inputs)
-    output.backward(gradient)
-    ours = cpu_layers.DequantizedLinear(layer)
-    assert torch.allclose(ours.forward(inputs.detach()), output, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(ours.backward(gradient), inputs.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_a_mask_drops_its_share_of_elements_each_by_itself():

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 
 from tests.support.training import add_gradient, awaken, load_with_lora, shipped_examples, take_gradient
-from tuner.model import cpu_layers, fused
+from tuner.model import cpu_layers, fused, quantized
 
 
 def outputs_and_gradients(function, *inputs):
@@ -79,6 +80,14 @@ def test_lora_on_a_cpu_and_its_gradient_are_pefts(tiny_text_model, tokenizer, bi
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if bits == 4 else 2e-2)
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     assert error < (1e-4 if bits == 4 else 5e-2)
+
+
+def test_on_a_cpu_each_4_bit_layer_is_dequantized_once(tiny_text_model):
+    model = load_with_lora(tiny_text_model)
+    fused.fuse_layers(model, cpu=True)
+    forwards = [layer.forward for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert [forward.func for forward in forwards] == [fused.lora_forward] * 14
+    assert all(isinstance(forward.args[1], quantized.DequantizedLinear) for forward in forwards)
 
 
 def test_dropout_of_lora_on_a_cpu_is_felt_by_each_gradient(tiny_text_model):

@@ -43,6 +43,16 @@ def test_a_4_bit_layers_products_are_those_of_its_dequantized_weight(weight):
     assert relative(ours.backward(gradient), gradient @ plain) < 1e-5
 
 
+def test_a_4_bit_layer_dequantized_once_multiplies_as_bitsandbytes_does(weight):
+    layer = nf4_layer(weight).train()
+    inputs, gradient = torch.randn(5, 64, requires_grad=True), torch.randn(5, 96)
+    output = layer(inputs)
+    output.backward(gradient)
+    ours = quantized.DequantizedLinear(layer)
+    assert torch.allclose(ours.forward(inputs.detach()), output, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(ours.backward(gradient), inputs.grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("outliers", [0, 1, 3])
 def test_an_8_bit_layer_keeps_the_columns_of_outliers_apart(weight, outliers):
     ordinary, gradient = torch.randn(5, 64).clamp(-4, 4), torch.randn(5, 96)

@@ -90,14 +90,8 @@ def test_no_layer_computes_a_pad_and_each_token_is_as_in_the_padded_batch(tiny_t
 def test_tokens_behind_the_last_trained_one_are_not_computed(tiny_text_model, examples):
     model = load_with_lora(tiny_text_model).eval()
     input_ids, mask, labels = collate.collate_padded(examples[:3], 0, "cpu")
-    seen = []
-    hook = (
-        model.get_base_model()
-        .get_decoder()
-        .register_forward_hook(
-            lambda _, __, options, ___: seen.append(options["input_ids"].numel()), with_kwargs=True
-        )
-    )
+    decoder, seen = model.get_base_model().get_decoder(), []
+    hook = decoder.layers[0].mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:2]))
     loss, _ = cpu_loss.loss_and_predictions(model, (input_ids, mask, labels))
     hook.remove()
     with torch.no_grad():
@@ -106,5 +100,5 @@ def test_tokens_behind_the_last_trained_one_are_not_computed(tiny_text_model, ex
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     # What predicts the last trained token is that before it, and a row ends with two more.
     last = [max(i for i, label in enumerate(row) if label != -100) for row in labels.tolist()]
-    assert seen == [sum(last)]
+    assert seen == [(1, sum(last))]
     assert sum(last) <= mask.sum() - 2 * 3

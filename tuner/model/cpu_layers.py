@@ -1,6 +1,5 @@
-"""Layers that take less time on a CPU: products by a frozen weight, dropout, attention of unpadded rows."""
+"""Layers that take less time on a CPU: products, dropout, attention of unpadded rows."""
 
-import bitsandbytes
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -24,24 +23,10 @@ def product(inputs, weight):
     return linear(inputs, weight)
 
 
-class DequantizedLinear:
-    """The two products of a 4-bit layer, dequantized once: 0.4 GB with 270M, for 3 to 14 % of a step."""
-
-    def __init__(self, layer):
-        weight = bitsandbytes.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
-        self.weight = weight.float()
-
-    def forward(self, inputs):
-        return product(inputs, self.weight.to(inputs.dtype))
-
-    def backward(self, grad_output):
-        return product(grad_output, self.weight.to(grad_output.dtype).t())
-
-
 # --------------------------------------------------------------------------------------------- dropout
 
 
-def dropout(inputs, p, train=True):
+def dropout(inputs, p):
     """Return (inputs after dropout, mask) as torch.native_dropout does."""
     mask = random_mask(inputs.shape, p).to(inputs.dtype)  # booleans would be converted by each product
     return (inputs * mask).mul_(1 / (1 - p)), mask

@@ -16,7 +16,7 @@ def fuse_layers(model, cpu=False):
 
     On a CPU LoRA's alone: memory is no limit there, and computing norms and gates twice takes 3 % longer.
     """
-    fuse_lora(model, cpu_layers.DequantizedLinear if cpu else quantized.NF4Linear)
+    fuse_lora(model, quantized.DequantizedLinear if cpu else quantized.NF4Linear)
     if not cpu:
         fuse_norms_and_gates(model)
         attention.register_packed_attention()
@@ -118,9 +118,10 @@ class FusedLoRA(torch.autograd.Function):
     def forward(ctx, inputs, a, b, base, dropout):
         rows, mask = inputs.reshape(-1, inputs.shape[-1]), None
         output, dropped = base.forward(rows), rows
-        if dropout:
-            drop = torch.native_dropout if rows.is_cuda else cpu_layers.dropout
-            dropped, mask = drop(rows, dropout, True)
+        if dropout and rows.is_cuda:
+            dropped, mask = torch.native_dropout(rows, dropout, True)
+        elif dropout:
+            dropped, mask = cpu_layers.dropout(rows, dropout)
         hidden = dropped @ a.to(rows.dtype).t()
         output.addmm_(hidden, b.to(rows.dtype).t(), alpha=base.lora_scaling)
         ctx.save_for_backward(rows, mask, hidden, a, b)

@@ -22,9 +22,10 @@ def loss_and_predictions(model, batch):
 
 
 def hidden_states(model, input_ids, present):
-    """Return the last hidden states of the tokens that are no pads, (tokens, width), row after row.
+    """Return the last hidden states of the tokens that are present, (tokens, width), row after row.
 
-    input_ids, present: (rows, longest). Rows of the calls that we train on have a third of pads.
+    input_ids, present: (rows, longest); of a row the tokens up to its last needed one are present. A third of
+    a batch of our rows are pads.
     """
     positions = torch.arange(present.shape[1])
     masks = attention.attention_masks(model, present[:, None], positions[:, None] - positions)
