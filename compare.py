@@ -18,10 +18,10 @@ from pathlib import Path
 
 from train_qlora import OUTPUT_DIR, quantization_config
 from tuner.data import chat_text
-from tuner.inference import comparison, endpoint, gate, judging, report
+from tuner.inference import comparison, endpoint, endpoint_checks, endpoint_client, gate, judging, report
 from tuner.inference.probes import HELD_OUT, PROBES, Questions, load_all
 from tuner.model import gemma_folder
-from tuner.system import atomic, commands, console
+from tuner.system import atomic, commands
 from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
 from tuner.system.libraries import heavy_imports
@@ -83,11 +83,11 @@ def parse_arguments(arguments=None):
     if args.adapter or args.bits or args.base:
         parser.error("--adapter, --base and --bits do not apply to a served model; remove them")
     try:
-        args.endpoint = endpoint.check_address(args.endpoint)
+        args.endpoint = endpoint_client.check_address(args.endpoint)
     except ValueError:
         parser.error(
             "--endpoint is not a plain http or https address; expected http://host:port/v1 "
-            f"(an API key goes into {endpoint.KEY})"
+            f"(an API key goes into {endpoint_client.KEY})"
         )
     return args
 
@@ -212,31 +212,28 @@ def compare_endpoint(args, probes, held_out):
     """Ask a served model, print and write the judgment; return the exit code. torch is not imported."""
     print(f"endpoint {args.endpoint}: {len(probes.lines)} probes, {len(held_out.lines)} rows", flush=True)
     started = time.perf_counter()
-    model, listed, replies, tools_refused = endpoint.ask(args.endpoint, args.model, [probes, held_out])
+    replies = endpoint.ask(args.endpoint, args.model, [probes, held_out])
     seconds = round(time.perf_counter() - started, 1)
-    others = f" (the first of {listed} listed)" if listed > 1 else ""
-    print(f"model {printable(model)}{others}; {NO_OVERLAP_CHECK}")
+    others = f" (the first of {replies.listed} listed)" if replies.listed > 1 else ""
+    print(f"model {printable(replies.model)}{others}; {NO_OVERLAP_CHECK}")
 
-    answers = [judging.Answer(reply.text, reply.ended, []) for reply in replies]
+    answers = [judging.Answer(reply.text, reply.ended, []) for reply in replies.replies]
     seen, asked = [False] * len(answers), (args.min_f1, args.max_false_calls)
     judgment = comparison.judge_all(probes, held_out, {"endpoint": answers}, seen, asked)
-    parsed, tagged = sum(reply.parsed for reply in replies), sum(reply.tagged for reply in replies)
+    gate.add(judgment["gate"], endpoint_checks.shortcomings(replies.loop, replies.stream))
+    forms = {"parsed": "parsed", "text": "tagged"}
     judgment |= {
         "endpoint": args.endpoint,
-        "model": model,
-        "tools_refused": tools_refused,
-        "calls": {"parsed": parsed, "text": tagged},
+        "model": replies.model,
+        "tools_refused": replies.tools_refused,
+        "calls": {form: sum(getattr(r, key) for r in replies.replies) for form, key in forms.items()},
+        "results": replies.loop._asdict(),
+        "streamed": replies.stream._asdict(),
         "seconds": {"answering": seconds},
     }
     report.print_report(judgment, ["endpoint"], seen_lines=[])
-    print(f"\ncalls      {parsed} parsed tool_calls, {tagged} unparsed tags in text")
-    if parsed and tagged:
-        sources = zip(endpoint.sources([probes, held_out]), replies, strict=True)
-        places = ", ".join(source for source, reply in sources if reply.tagged)
-        console.print_wrapped(f"unparsed, while others are parsed: {places}", " " * 11, " " * 11)
-    if tools_refused:
-        text = f"not declared, since the endpoint rejects them ({tools_refused})"
-        console.print_wrapped(text, "tools      ", " " * 11)
+    print()
+    report.print_endpoint(replies, endpoint.sources([probes, held_out]))
     print(f"time       {seconds} s answering")
     write_judgment(args, judgment)
     return report.print_verdict("the endpoint", judgment, "endpoint")

@@ -39,6 +39,12 @@ def check(probes, rows, min_f1, max_false_calls):
     }
 
 
+def add(result, texts):
+    """Add to what check returned texts about where else the model falls short."""
+    result["short"] += texts
+    result["passed"] = not result["short"]
+
+
 def _digits(value, limit):
     """Return a value with two digits, or as many as it takes to tell it from the limit that it misses."""
     told = (round(value, 2) < limit) == (value < limit) and (round(value, 2) > limit) == (value > limit)

@@ -158,6 +158,41 @@ def print_confusion(confusion):
         console.print_wrapped(", ".join(texts), f"{console.printable(due, width - 1):<{width}}", " " * width)
 
 
+# ------------------------------------------------------------------------------------------- endpoint
+
+
+def print_endpoint(replies, places):
+    """Print how an endpoint's calls came, and how results and streaming went.
+
+    replies: endpoint.Replies. places: where each question stands, `file:line`.
+    """
+    parsed, tagged = (sum(getattr(reply, form) for reply in replies.replies) for form in ("parsed", "tagged"))
+    _print_line("calls", f"{parsed} parsed tool_calls, {tagged} unparsed tags in text")
+    if parsed and tagged:
+        unparsed = [place for place, reply in zip(places, replies.replies, strict=True) if reply.tagged]
+        _print_line("", f"unparsed, while others are parsed: {', '.join(unparsed)}")
+    if replies.tools_refused:
+        _print_line("tools", f"not declared, since the endpoint rejects them ({replies.tools_refused})")
+    loop, stream = replies.loop, replies.stream
+    if loop.refused:
+        _print_line("results", f"refused, so the loop of calls and results breaks ({loop.refused})")
+    else:
+        answered = f"{loop.answered} of {loop.sent} calls given a result, and answered"
+        _print_line("results", answered if loop.sent else "not tried: no question was answered by a call")
+    if stream.refused:
+        _print_line("streamed", f"refused ({stream.refused})")
+        return
+    same = stream.asked - len(stream.other_calls) - len(stream.other_text)
+    _print_line("streamed", f"{same} of {stream.asked} probes answered as when whole")
+    for what, numbers in (("calls", stream.other_calls), ("text", stream.other_text)):
+        if numbers:
+            _print_line("", f"other {what}: {', '.join(places[number] for number in numbers)}")
+
+
+def _print_line(name, text):
+    console.print_wrapped(text, f"{name:<11}", " " * 11)
+
+
 # -------------------------------------------------------------------------------------------- verdict
 
 

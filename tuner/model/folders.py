@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from tuner.model.response_template import RESPONSE_TEMPLATE
 from tuner.system import output_folder
 from tuner.system.errors import UserError
 
@@ -61,14 +62,18 @@ def weight_bytes(folder):
 
 
 def copy_tokenizer(base, folder):
-    """Copy a base's tokenizer into `folder`, with CHAT_TEMPLATE in place of the base's own; raise OSError."""
+    """Copy a base's tokenizer into `folder`, with CHAT_TEMPLATE in place of its own, and RESPONSE_TEMPLATE.
+
+    Raise OSError.
+    """
     for name in TOKENIZER_FILES:
         if Path(base, name).is_file():
             shutil.copyfile(Path(base, name), folder / name)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.pop("chat_template", None):
-        path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    config.pop("chat_template", None)
+    config["response_template"] = RESPONSE_TEMPLATE
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(CHAT_TEMPLATE, folder / "chat_template.jinja")
 
 
