@@ -8,14 +8,16 @@ import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.cli.serving.utils import BaseHandler, Modality
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import train_qlora
-from tests.support.rows import GOOD, call
-from tests.support.training import tokenize
+from tests.support.rows import BESIDE_CALLS, GOOD, PARTS_SHAPES, SHAPES, call
+from tests.support.training import tokenize, trained_prompt
 from tuner.data import chat_rows
 from tuner.inference import generation
 from tuner.model import folders, gemma_tokenizer
+from tuner.serving.history import render_history
 from tuner.system.errors import UserError
 
 
@@ -104,6 +106,25 @@ def test_a_request_as_engines_have_it_is_written_as_it_is_trained(row):
     assert render(as_engines_have_it(messages)) == render(chat_rows.validate_and_render(messages))
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_openais_messages_get_the_ids_that_are_trained(tokenizer, name):
+    """By our template alone, in serve.py, and as transformers serve hands them to a template."""
+    messages = SHAPES[name]
+    trained = trained_prompt(tokenizer, messages)
+    prompt = messages[:-1]
+
+    def ids(messages):
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+    assert ids(prompt) == ids(as_engines_have_it(prompt)) == trained
+    assert generation.prompt_ids(tokenizer, render_history(prompt)) == trained
+    if name not in BESIDE_CALLS:
+        for modality in (Modality.LLM, Modality.VLM):
+            given = BaseHandler.get_processor_inputs_from_messages(prompt, modality)
+            if modality == Modality.VLM or name not in PARTS_SHAPES:
+                assert ids(given) == trained
+
+
 def test_a_call_without_arguments_is_written_as_one_with_none():
     for arguments in ({}, "", None, "{}"):
         calling = {**CALLING, "tool_calls": [call("a", arguments=arguments)]}
@@ -121,7 +142,7 @@ def test_a_result_is_one_tag_whatever_it_holds(name, content):
     result = {"role": "tool", "tool_call_id": "a", "content": content}
     text = render([turn("user", "Hi"), calling, result]).split("<start_of_turn>user\n")[-1]
     match = re.fullmatch(r'<tool_result name="(.*?)">(.*)</tool_result><end_of_turn>\n', text, re.DOTALL)
-    assert (html.unescape(match[1]), html.unescape(match[2])) == (name, content)
+    assert (html.unescape(match[1]), html.unescape(match[2])) == (name, content.strip())
     assert (text.count("<"), text.count(">")) == (3, 3)
 
 

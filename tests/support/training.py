@@ -13,7 +13,7 @@ import torch
 
 import train_qlora
 from tests.support.scripts import run_main
-from tuner.data import splitting, tokenized
+from tuner.data import chat_rows, splitting, tokenized
 from tuner.model import loading, lora
 from tuner.training import accumulation, checkpoints, loss_functions, trainer
 
@@ -53,6 +53,14 @@ def tokenize(path, rows, tokenizer):
 def shipped_examples(tokenizer):
     """Return the shipped rows as a list of dicts of input_ids, attention_mask and labels."""
     return list(tokenize(ROOT / "examples.json", shipped_rows(), tokenizer))
+
+
+def trained_prompt(tokenizer, messages):
+    """Return the ids that training puts before the tokens of the last answer in a row's messages."""
+    rendered = chat_rows.validate_and_render(messages)
+    batch = train_qlora.preprocess_function({"messages": [rendered]}, tokenizer)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    return ids[: max(i for i in range(1, len(ids)) if labels[i] != -100 and labels[i - 1] == -100)]
 
 
 def load_base(folder, bits=4, dtype=torch.float32, **options):

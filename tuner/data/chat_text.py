@@ -53,9 +53,12 @@ def trained_prompts(messages):
 
 
 def message_text(message):
-    """Return a message's text; text parts are joined as Gemma's template does: trimmed, no space between."""
+    """Return a message's text; parts are joined without a space, trimmed unless they are the system's."""
     content = message.get("content") or ""  # null beside tool_calls
-    return content if isinstance(content, str) else "".join(part["text"].strip() for part in content)
+    if isinstance(content, str):
+        return content
+    texts = [part["text"] for part in content]
+    return "".join(texts if message["role"] == "system" else map(str.strip, texts))
 
 
 def normalize(text):
@@ -82,7 +85,8 @@ def render_messages(messages):
         if message["role"] == "tool":
             continue
         tags = [call_tag(call) for call in calls]
-        before_calls = [text] if text.strip() or not calls else []
+        words = text.strip() if calls else text
+        before_calls = [words] if words or not calls else []
         turn = {"role": message["role"], "content": "\n".join(before_calls + tags)}
         untrained = turn["role"] == "assistant" and not is_trained(message)
         turns.append({**turn, "weight": 0} if untrained else turn)

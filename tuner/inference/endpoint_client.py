@@ -16,6 +16,7 @@ TIMEOUT = 300  # seconds for a whole answer; a CPU that answers four at once tak
 MAX_BYTES = 4 * 2**20  # of a response, decompressed; the longest lists of models have some 500 KB
 CONNECT_TIMEOUT = 10  # seconds
 BUSY_TIMEOUT = 60  # seconds that an endpoint may stay busy (429, 503), all waits together
+MAX_DROPPED = 2  # connections that may be closed on one request before it is answered
 KEY = "OPENAI_API_KEY"
 WRONG_SERVER = "check that --endpoint is an OpenAI-style server, path included: …/v1"
 
@@ -59,7 +60,7 @@ async def send(client, method, path, body=None):
     Retry a busy endpoint for BUSY_TIMEOUT. Raise UserError or RefusedError.
     """
     url = str(client.base_url).rstrip("/")
-    started, pause = time.monotonic(), 1
+    started, pause, dropped = time.monotonic(), 1, 0
     while True:
         try:
             response, content = await asyncio.wait_for(_receive(client, method, path, body), TIMEOUT)
@@ -70,6 +71,10 @@ async def send(client, method, path, body=None):
         except asyncio.TimeoutError:
             raise UserError(f"{url} did not answer within {TIMEOUT} s; see its log") from None
         except httpx2.HTTPError as error:
+            # llama.cpp closes one in some hundred connections that are kept open, as a request arrives on it.
+            if isinstance(error, httpx2.RemoteProtocolError) and dropped < MAX_DROPPED:
+                dropped += 1
+                continue
             reason = printable(str(error), 100) or type(error).__name__
             raise UserError(f"{url} broke the connection ({reason}); see its log, then try again") from None
         if response.status_code not in (429, 503):

@@ -70,12 +70,14 @@ class History:
         if role == "tool":
             self.add_result(message, text)
             return
+        calls = list(read_calls(message)) if role == "assistant" else []
+        text = text.strip() if calls else text
         lines = [CONTROL_TOKEN.sub("&lt;", text)] if text.strip() else []
         if role == "system" and not self.turns:
             self.system += lines
             return
         self.turn("assistant" if role == "assistant" else "user").lines += lines
-        for call_id, name, tag in read_calls(message) if role == "assistant" else []:
+        for call_id, name, tag in calls:
             call = Call(call_id, name, len(self.turns[-1].lines))
             self.turns[-1].lines.append(tag)
             self.waiting[call.place] = self.known[call_id] = call
@@ -141,7 +143,7 @@ def render_history(messages):
 
 
 def read_text(message, role):
-    """Return the text of a message; parts are joined as Gemma's template does: trimmed, no space between."""
+    """Return a message's text; parts are joined without a space, trimmed unless they are the system's."""
     content = message.get("content")
     if content is None and role == "assistant":
         content = message.get("refusal")
@@ -156,7 +158,7 @@ def read_text(message, role):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(TEXT_KEYS.get(kind)) if isinstance(kind, str) else part
         if isinstance(text, str):
-            texts.append(text.strip())
+            texts.append(text if role == "system" else text.strip())
         elif not (role == "assistant" and kind in UNSEEN_PARTS):
             raise ValueError(
                 'a part of the content is not {"type": "text", "text": …}; only text is supported'

@@ -1,0 +1,214 @@
+"""Serve a merged model by every engine that is installed, one after the other, and judge what each answers.
+
+    python benchmarks/engines.py --merged gemma-3-270m-merged
+
+serve.py and transformers serve are here; VLLM, LLAMA_SERVER and OLLAMA name the programs of the others
+(CONTRIBUTING.md says how to get them; llama-quantize is sought beside llama-server). Each is asked what
+compare.py --endpoint asks, and its answers are compared with those of serve.py. Writes the table of
+docs/serving.md, or of the file that --results names.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.run import replace_section, version_lines  # noqa: E402
+from tuner.inference import endpoint, endpoint_checks, gate, judging, rates  # noqa: E402
+from tuner.inference.probes import HELD_OUT, PROBES, load_all  # noqa: E402
+from tuner.system.errors import UserError  # noqa: E402
+
+RESULTS = ROOT / "docs/serving.md"
+START_TIMEOUT = 600  # seconds; vLLM on a busy CPU takes some two minutes
+TRANSFORMERS = Path(sys.executable).with_name("transformers")
+PLUGIN = ROOT / "tuner/serving/vllm_tool_parser.py"
+
+
+class Engine(NamedTuple):
+    """How an engine is started on {model}, the folder or .gguf, at {port}."""
+
+    name: str
+    command: list  # of strings
+    variable: str | None = None  # of the environment: the engine's program, which {program} stands for
+    gguf: str | None = None  # the type of the .gguf that it serves
+    environment: dict = {}  # noqa: RUF012
+
+
+VLLM = ["{program}", "serve", "{model}", "--port", "{port}", "--max-model-len", "2048", "--enforce-eager"]
+VLLM += ["--enable-auto-tool-choice", "--tool-call-parser"]
+ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+LLAMA = ["{program}", "-m", "{model}", "--port", "{port}", "--jinja", "--skip-chat-parsing"]
+ENGINES = [
+    Engine("serve.py", [sys.executable, str(ROOT / "serve.py"), "--model", "{model}", "--port", "{port}"]),
+    Engine("transformers serve", [str(TRANSFORMERS), "serve", "{model}", "--port", "{port}"]),
+    Engine(
+        "vLLM, our plugin",
+        [*VLLM, "tool_call_tag", "--tool-parser-plugin", str(PLUGIN)],
+        "VLLM",
+        None,
+        ON_CPU,
+    ),
+    Engine("vLLM, parser hf", [*VLLM, "hf"], "VLLM", None, ON_CPU),
+    *(Engine("llama.cpp", LLAMA, "LLAMA_SERVER", kind) for kind in ("bf16", "q8_0", "Q4_K_M")),
+]
+
+
+class Outcome(NamedTuple):
+    """What an engine answered to all questions."""
+
+    engine: Engine
+    replies: endpoint.Replies
+    figures: dict  # of the held-out rows, as rates.count has them
+    passed: int  # probes
+
+
+def program(engine):
+    """Return the path of an engine's program, None if it is not installed."""
+    path = os.environ.get(engine.variable, "") if engine.variable else engine.command[0]
+    return path if path and os.access(path, os.X_OK) else None
+
+
+@contextmanager
+def serving(engine, model, log):
+    """Start an engine on `model` at a free port; yield the address of its /v1, and stop it.
+
+    log: the file for what it prints. Raise UserError if it ends, or is not ready within START_TIMEOUT.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    values = {"program": program(engine), "model": str(model), "port": port}
+    command = [word.format(**values) for word in engine.command]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **engine.environment}
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        wait_until_ready(process, f"http://127.0.0.1:{port}", engine, log)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_ready(process, address, engine, log):
+    started = time.monotonic()
+    while time.monotonic() - started < START_TIMEOUT:
+        if process.poll() is not None:
+            last = Path(log).read_text(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"{engine.name} ended with {process.returncode} ({last}); see {log}")
+        try:
+            if httpx2.get(f"{address}/health", timeout=5, trust_env=False).is_success:
+                return
+        except httpx2.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise UserError(f"{engine.name} is not ready after {START_TIMEOUT} s; see {log}")
+
+
+def judge(engine, model, questions, log):
+    """Return the Outcome of an engine that serves `model`; questions: of the probes and the held-out rows."""
+    # transformers serve lists what the hub's cache holds, not what it serves.
+    named = str(model) if engine.name == "transformers serve" else None
+    with serving(engine, model, log) as url:
+        replies = endpoint.ask(url, named, questions)
+    answers = [judging.Answer(reply.text, reply.ended, []) for reply in replies.replies]
+    expected = [one for part in questions for one in part.expected]
+    limits = [limit for part in questions for limit in part.max_new_tokens]
+    verdicts = [judging.judge(*one) for one in zip(answers, expected, limits, strict=True)]
+    probes = len(questions[0].lines)
+    figures = rates.count(verdicts[probes:], expected[probes:])
+    return Outcome(engine, replies, figures, sum(verdict.step is None for verdict in verdicts[:probes]))
+
+
+# ----------------------------------------------------------------------------------------------- table
+
+
+def row(outcome, reference):
+    """Return a line of the table; reference: the Outcome whose answers are compared."""
+    engine, replies, figures = outcome.engine, outcome.replies, outcome.figures
+    decision, loop, stream = figures["decision"], replies.loop, replies.stream
+    pairs = zip(replies.replies, reference.replies.replies, strict=True)
+    same = sum(mine.text == theirs.text for mine, theirs in pairs)
+    false = decision["false_call_rate"]
+    parsed, tagged = (sum(getattr(r, form) for r in replies.replies) for form in ("parsed", "tagged"))
+    streamed = stream.asked - len(stream.other_calls) - len(stream.other_text)
+    cells = [
+        engine.name,
+        engine.gguf or "bf16",
+        f"{outcome.passed}",
+        f"{decision['f1']['value']:.2f}",
+        f"{false['part']} of {false['whole']}",
+        _counts(figures["names"]),
+        f"{parsed} / {tagged}",
+        "refused" if loop.refused else f"{loop.answered} of {loop.sent}",
+        "refused" if stream.refused else f"{streamed} of {stream.asked}",
+        f"{same} of {len(replies.replies)}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _counts(rate):
+    return f"{rate['part']} of {rate['whole']}"
+
+
+HEAD = [
+    "| engine | weights | probes | decision F1 | false calls | right tools | calls parsed / as text | results answered "
+    "| streamed as whole | answers as serve.py's |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--merged", default="gemma-3-270m-merged", help="a merged model (default: %(default)s)"
+    )
+    parser.add_argument("--results", default=RESULTS, help="file for the table (default: docs/serving.md)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    questions = load_all((ROOT / PROBES, "--probes"), (ROOT / HELD_OUT, "--data"))
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in ENGINES:
+            if not program(engine):
+                print(f"{engine.name}: {engine.variable} names no program; left out", flush=True)
+                continue
+            try:
+                model = model_for(engine, args.merged, folder)
+                outcome = judge(engine, model, questions, Path(folder, "log"))
+            except UserError as error:
+                print(f"{engine.name}: {error}", flush=True)
+                continue
+            outcomes.append(outcome)
+            print(row(outcome, outcomes[0]), flush=True)
+    if not outcomes or outcomes[0].engine is not ENGINES[0]:
+        print("nothing is written: serve.py, which the others are compared with, gave no answers")
+        return 1
+    lines = [*HEAD, *(row(outcome, outcomes[0]) for outcome in outcomes)]
+    path = Path(args.results)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text(replace_section(text, "engines", lines), encoding="utf-8")
+    print(f"written into {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
