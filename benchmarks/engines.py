@@ -24,8 +24,8 @@ import httpx2
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.run import replace_section, version_lines  # noqa: E402
-from tuner.inference import endpoint, endpoint_checks, gate, judging, rates  # noqa: E402
+from benchmarks.run import replace_section  # noqa: E402
+from tuner.inference import endpoint, judging, rates  # noqa: E402
 from tuner.inference.probes import HELD_OUT, PROBES, load_all  # noqa: E402
 from tuner.system.errors import UserError  # noqa: E402
 

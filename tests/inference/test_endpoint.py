@@ -18,7 +18,7 @@ from tests.support.chat_server import Endpoint, calling, completion
 from tests.support.rows import GOOD, PROBES, TOOLS, USER, call, copy_questions, row
 from tests.support.scripts import run_main
 from tuner.data import chat_rows, tool_call
-from tuner.inference import endpoint, judging
+from tuner.inference import endpoint, endpoint_client, judging
 from tuner.inference.probes import expected_answer, load_all
 from tuner.system.errors import UserError
 
@@ -61,7 +61,7 @@ def serve():
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
-    monkeypatch.delenv(endpoint.KEY, raising=False)
+    monkeypatch.delenv(endpoint_client.KEY, raising=False)
 
 
 def run(url, *arguments):
@@ -116,7 +116,7 @@ def test_every_question_is_asked_as_it_is_judged_locally(serve):
     server = serve()
     run(server.url)
     assert server.requests[0][:2] == ("GET", "/v1/models")
-    bodies = [body for _, path, _, body in server.requests if path == "/v1/chat/completions"]
+    bodies = [body for _, path, _, body in server.requests if path == "/v1/chat/completions"][:86]
     function = {"name": NAME, "parameters": {"type": "object", "properties": {}}}
     settings = {"model": "tuned", "temperature": 0, "max_tokens": 80}
     settings["tools"] = [{"type": "function", "function": function}]
@@ -169,7 +169,16 @@ def test_wrong_answers_fail_with_their_reasons(serve, tmp_path, capsys):
         (completion(odd), odd.replace("\ud83d", "?"), f"text, not {NAME}"),
     ]
     asked = [prompt for prompt, _ in PROBES] + [messages[-1]["content"] for messages, _ in ROWS]
-    server = serve(lambda body: wrong[asked.index(body["messages"][-1]["content"]) % len(wrong)][0])
+
+    def say(body):
+        last = body["messages"][-1]
+        return (
+            completion("Сто.")
+            if last["role"] == "tool"
+            else wrong[asked.index(last["content"]) % len(wrong)][0]
+        )
+
+    server = serve(say)
     assert run(server.url, "--json", str(tmp_path / "report.json")) == 1
     assert "\x1b" not in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
@@ -227,7 +236,7 @@ def test_results_of_tools_are_sent_as_such_and_the_tools_called_before_are_decla
     (tmp_path / "rows.json").write_text(json.dumps(row))
     server = serve()
     run(server.url, "--data", f"{tmp_path}/rows.json")
-    (body,) = [b for _, _, _, b in server.requests if b and len(b["messages"]) > 1]
+    body = next(b for _, _, _, b in server.requests if b and len(b["messages"]) == 4)
     _, assistant, *results = body["messages"]
     assert assistant["content"] == "Секунду."
     functions = [c["function"] for c in assistant["tool_calls"]]
@@ -250,7 +259,7 @@ def test_every_function_that_the_rows_call_is_declared(serve, tmp_path):
     server = serve(say)
     assert run(server.url, "--data", f"{tmp_path}/rows.json", "--json", f"{tmp_path}/report.json") == 0
     declared = [[t["function"]["name"] for t in body["tools"]] for _, _, _, body in server.requests if body]
-    assert declared == [[NAME, "get_rate"]] * 7
+    assert declared == [[NAME, "get_rate"]] * (7 + 4 + 6)  # results and streams too
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["rows"]["endpoint"]["right"]["recall"]["part"] == 1
 
@@ -345,7 +354,7 @@ def test_tools_that_are_not_taken_are_left_out_and_that_is_printed(serve, capsys
 
 
 def test_the_key_is_sent_and_never_shown(serve, monkeypatch, capsys):
-    monkeypatch.setenv(endpoint.KEY, "sk-secret\n")
+    monkeypatch.setenv(endpoint_client.KEY, "sk-secret\n")
     server = serve()
     assert run(server.url) == 0
     assert {headers["authorization"] for _, _, headers, _ in server.requests} == {"Bearer sk-secret"}
@@ -354,7 +363,7 @@ def test_the_key_is_sent_and_never_shown(serve, monkeypatch, capsys):
         run(server.url)
     assert "secret" not in str(error.value) + capsys.readouterr().out
     for wrong in ("sk-\x1bsecret", "sk secret ключ", "a\nsk-secret"):
-        monkeypatch.setenv(endpoint.KEY, wrong)
+        monkeypatch.setenv(endpoint_client.KEY, wrong)
         with pytest.raises(
             UserError, match=r"^OPENAI_API_KEY contains characters that no API key has; set it again$"
         ):
@@ -394,7 +403,7 @@ FAILURES = {
     "moved": ([307], "{url} redirects (307); use the address it redirects to"),
     "broken": ([500], "{url} rejects the request (500: no); see its log, or name its model with --model"),
     "hangs up": (
-        [(None, {}, b"")],
+        [(None, {}, b"")] * 3,
         "{url} broke the connection (Server disconnected without sending a response.); "
         "see its log, then try again",
     ),
@@ -461,6 +470,12 @@ def test_a_row_in_the_middle_that_fails_is_named_and_the_others_are_let_go(serve
     assert len(server.requests) < 40
 
 
+def test_a_connection_closed_as_a_request_arrives_is_made_again(serve):
+    server = serve()
+    server.failures = [LISTED, (None, {}, b""), (None, {}, b"")]
+    assert run(server.url) == 0
+
+
 def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
     waits = []
 
@@ -468,7 +483,7 @@ def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
         waits.append(seconds)
 
     server = serve()
-    monkeypatch.setattr(endpoint.asyncio, "sleep", sleep)
+    monkeypatch.setattr(endpoint_client.asyncio, "sleep", sleep)
     busy = [(429, {"Retry-After": after}, b"") for after in ("7", "soon", "0")]
     server.failures = [429, 503, *busy]
     assert run(server.url) == 0
@@ -477,7 +492,7 @@ def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
     with pytest.raises(UserError, match=r"is still busy \(429: quota\); try again later$"):
         run(server.url)
     monkeypatch.undo()
-    monkeypatch.setattr(endpoint, "BUSY_TIMEOUT", 1.5)
+    monkeypatch.setattr(endpoint_client, "BUSY_TIMEOUT", 1.5)
     server.failures = [503] * 9
     with pytest.raises(UserError, match=r"is still busy \(503: no\); try again later$"):
         run(server.url)
@@ -485,7 +500,7 @@ def test_a_busy_endpoint_is_asked_again_for_a_bounded_time(serve, monkeypatch):
 
 
 def test_silence_is_not_waited_for_without_end(serve, monkeypatch):
-    monkeypatch.setattr(endpoint, "TIMEOUT", 0.3)
+    monkeypatch.setattr(endpoint_client, "TIMEOUT", 0.3)
     server = serve(lambda body: time.sleep(0.6) or like_vllm(body))
     with pytest.raises(
         UserError, match=r"/probes\.json:1: http.* did not answer within 0\.3 s; see its log$"
@@ -538,7 +553,7 @@ def drip(piece=b" "):
 
 @pytest.mark.parametrize(("status", "piece"), [(200, b" "), (503, b" "), (100, b"HTTP/1.1 100 Go\r\n\r\n")])
 def test_what_trickles_is_waited_for_no_longer_than_an_answer(serve, monkeypatch, status, piece):
-    monkeypatch.setattr(endpoint, "TIMEOUT", 0.3)
+    monkeypatch.setattr(endpoint_client, "TIMEOUT", 0.3)
     server = serve()
     server.failures = [(status, {}, drip(piece))]
     with pytest.raises(UserError, match=r"^http.* did not answer within 0\.3 s; see its log$"):

@@ -9,7 +9,8 @@ class Endpoint:
     """Serve /v1 on 127.0.0.1: `models`, and as a completion what `say(body)` returns.
 
     A status, or (status, headers, bytes), in place of an answer is sent as it is; a status of None hangs up.
-    In place of the bytes may stand pieces of them, which may never end.
+    In place of the bytes may stand pieces of them, which may never end. A completion is streamed where the
+    question says so: letter by letter, and each call in two pieces.
     `failures`: what comes first, whatever is asked. `requests` records every request, `most` how many
     questions there were at once.
     """
@@ -63,7 +64,9 @@ class Endpoint:
             response = 404
         if isinstance(response, int):
             response = response, {}, b'{"error": {"message": "no"}}'
-        if isinstance(response, dict):
+        if isinstance(response, dict) and (body or {}).get("stream"):
+            response = 200, {"Content-Type": "text/event-stream; charset=utf-8"}, events(response)
+        elif isinstance(response, dict):
             response = 200, {"Content-Type": "application/json"}, json.dumps(response).encode()
         status, headers, content = response
         if status is None:  # hangs up
@@ -92,3 +95,19 @@ def calling(*calls, content=None):
         for i, (name, arguments) in enumerate(calls)
     ]
     return completion(content, "tool_calls", tool_calls=parsed)
+
+
+def events(completion):
+    """Return a completion as the bytes of its stream."""
+    choice = completion["choices"][0]
+    deltas = [{"role": "assistant", "content": None}]
+    deltas += [{"content": letter} for letter in choice["message"].get("content") or ""]
+    for index, call in enumerate(choice["message"].get("tool_calls") or []):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        head = {"id": call["id"], "type": "function", "function": {"name": name, "arguments": ""}}
+        deltas += [{"tool_calls": [{"index": index, **head}]}]
+        deltas += [{"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}]
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]})
+    chunks.append({"choices": [], "usage": {"total_tokens": 3}})
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks).encode() + b"data: [DONE]\n\n"

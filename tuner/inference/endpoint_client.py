@@ -72,7 +72,7 @@ async def send(client, method, path, body=None):
             raise UserError(f"{url} did not answer within {TIMEOUT} s; see its log") from None
         except httpx2.HTTPError as error:
             # llama.cpp closes one in some hundred connections that are kept open, as a request arrives on it.
-            if isinstance(error, httpx2.RemoteProtocolError) and dropped < MAX_DROPPED:
+            if str(error).startswith("Server disconnected without") and dropped < MAX_DROPPED:
                 dropped += 1
                 continue
             reason = printable(str(error), 100) or type(error).__name__
