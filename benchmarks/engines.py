@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,41 +27,40 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.run import replace_section  # noqa: E402
 from tuner.inference import endpoint, judging, rates  # noqa: E402
 from tuner.inference.probes import HELD_OUT, PROBES, load_all  # noqa: E402
+from tuner.model import gguf_writing  # noqa: E402
 from tuner.system.errors import UserError  # noqa: E402
 
 RESULTS = ROOT / "docs/serving.md"
 START_TIMEOUT = 600  # seconds; vLLM on a busy CPU takes some two minutes
-TRANSFORMERS = Path(sys.executable).with_name("transformers")
 PLUGIN = ROOT / "tuner/serving/vllm_tool_parser.py"
 
 
 class Engine(NamedTuple):
-    """How an engine is started on {model}, the folder or .gguf, at {port}."""
+    """An engine, and how it is started on {model}, the folder or .gguf, at {port}."""
 
     name: str
     command: list  # of strings
-    variable: str | None = None  # of the environment: the engine's program, which {program} stands for
-    gguf: str | None = None  # the type of the .gguf that it serves
-    environment: dict = {}  # noqa: RUF012
+    variable: str | None = None  # of the environment: names the engine's program, {program} in the command
+    gguf: str | None = None  # what it serves is a .gguf of this type
+    parses: bool = True  # whether calls come as tool_calls
 
 
+HERE = [sys.executable, str(ROOT / "serve.py"), "--model", "{model}", "--port", "{port}"]
+TRANSFORMERS = [str(Path(sys.executable).with_name("transformers")), "serve", "{model}", "--port", "{port}"]
 VLLM = ["{program}", "serve", "{model}", "--port", "{port}", "--max-model-len", "2048", "--enforce-eager"]
 VLLM += ["--enable-auto-tool-choice", "--tool-call-parser"]
-ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-LLAMA = ["{program}", "-m", "{model}", "--port", "{port}", "--jinja", "--skip-chat-parsing"]
+LLAMA_CPP = ["{program}", "-m", "{model}", "--port", "{port}", "--jinja", "--skip-chat-parsing"]
 ENGINES = [
-    Engine("serve.py", [sys.executable, str(ROOT / "serve.py"), "--model", "{model}", "--port", "{port}"]),
-    Engine("transformers serve", [str(TRANSFORMERS), "serve", "{model}", "--port", "{port}"]),
-    Engine(
-        "vLLM, our plugin",
-        [*VLLM, "tool_call_tag", "--tool-parser-plugin", str(PLUGIN)],
-        "VLLM",
-        None,
-        ON_CPU,
+    Engine("serve.py", HERE),
+    Engine("transformers serve", TRANSFORMERS),
+    Engine("vLLM, hf", [*VLLM, "hf"], "VLLM"),
+    Engine("vLLM, our plugin", [*VLLM, "tool_call_tag", "--tool-parser-plugin", str(PLUGIN)], "VLLM"),
+    *(
+        Engine("llama.cpp", LLAMA_CPP, "LLAMA_SERVER", kind, parses=False)
+        for kind in ("bf16", "q8_0", "Q4_K_M")
     ),
-    Engine("vLLM, parser hf", [*VLLM, "hf"], "VLLM", None, ON_CPU),
-    *(Engine("llama.cpp", LLAMA, "LLAMA_SERVER", kind) for kind in ("bf16", "q8_0", "Q4_K_M")),
 ]
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; without a GPU
 
 
 class Outcome(NamedTuple):
@@ -73,10 +72,36 @@ class Outcome(NamedTuple):
     passed: int  # probes
 
 
+def title(engine):
+    return f"{engine.name}, {engine.gguf}" if engine.gguf else engine.name
+
+
 def program(engine):
     """Return the path of an engine's program, None if it is not installed."""
     path = os.environ.get(engine.variable, "") if engine.variable else engine.command[0]
     return path if path and os.access(path, os.X_OK) else None
+
+
+def model_for(engine, merged, folder):
+    """Return the path of what an engine serves of the merged model, a .gguf if need be made in `folder`.
+
+    Raise UserError if that fails.
+    """
+    if not engine.gguf:
+        return Path(merged).absolute()
+    path = Path(folder, f"{engine.gguf}.gguf")
+    if engine.gguf in gguf_writing.QUANTIZATIONS:
+        path.with_suffix("").symlink_to(Path(merged).absolute())
+        gguf_writing.write_gguf(path.with_suffix(""), engine.gguf, "")
+        return path
+    whole = Path(folder, "bf16.gguf")
+    if not whole.exists():
+        model_for(engine._replace(gguf="bf16"), merged, folder)
+    quantize = Path(os.environ["LLAMA_SERVER"]).with_name("llama-quantize")
+    command = [quantize, whole, path, engine.gguf]
+    if not quantize.exists() or subprocess.run(command, capture_output=True).returncode:
+        raise UserError(f"{quantize} makes no {engine.gguf}")
+    return path
 
 
 @contextmanager
@@ -90,9 +115,10 @@ def serving(engine, model, log):
         port = probe.getsockname()[1]
     values = {"program": program(engine), "model": str(model), "port": port}
     command = [word.format(**values) for word in engine.command]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **engine.environment}
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
+        )
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}", engine, log)
         yield f"http://127.0.0.1:{port}/v1"
@@ -109,15 +135,13 @@ def wait_until_ready(process, address, engine, log):
     started = time.monotonic()
     while time.monotonic() - started < START_TIMEOUT:
         if process.poll() is not None:
-            last = Path(log).read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"{engine.name} ended with {process.returncode} ({last}); see {log}")
-        try:
+            lines = Path(log).read_text(errors="replace").strip().splitlines()
+            raise UserError(f"{title(engine)} ended with {process.returncode}: {lines[-1] if lines else ''}")
+        with suppress(httpx2.HTTPError):
             if httpx2.get(f"{address}/health", timeout=5, trust_env=False).is_success:
                 return
-        except httpx2.HTTPError:
-            pass
         time.sleep(0.5)
-    raise UserError(f"{engine.name} is not ready after {START_TIMEOUT} s; see {log}")
+    raise UserError(f"{title(engine)} is not ready after {START_TIMEOUT} s; see {log}")
 
 
 def judge(engine, model, questions, log):
@@ -144,16 +168,16 @@ def row(outcome, reference):
     decision, loop, stream = figures["decision"], replies.loop, replies.stream
     pairs = zip(replies.replies, reference.replies.replies, strict=True)
     same = sum(mine.text == theirs.text for mine, theirs in pairs)
-    false = decision["false_call_rate"]
+    false, names = decision["false_call_rate"], figures["names"]
     parsed, tagged = (sum(getattr(r, form) for r in replies.replies) for form in ("parsed", "tagged"))
     streamed = stream.asked - len(stream.other_calls) - len(stream.other_text)
     cells = [
         engine.name,
         engine.gguf or "bf16",
-        f"{outcome.passed}",
+        str(outcome.passed),
         f"{decision['f1']['value']:.2f}",
         f"{false['part']} of {false['whole']}",
-        _counts(figures["names"]),
+        f"{names['part']} of {names['whole']}",
         f"{parsed} / {tagged}",
         "refused" if loop.refused else f"{loop.answered} of {loop.sent}",
         "refused" if stream.refused else f"{streamed} of {stream.asked}",
@@ -162,15 +186,14 @@ def row(outcome, reference):
     return f"| {' | '.join(cells)} |"
 
 
-def _counts(rate):
-    return f"{rate['part']} of {rate['whole']}"
+HEADS = ["engine", "weights", "probes", "decision F1", "false calls", "right tools", "calls parsed / as text"]
+HEADS += ["results answered", "streamed as whole", "answers as serve.py's"]
 
 
-HEAD = [
-    "| engine | weights | probes | decision F1 | false calls | right tools | calls parsed / as text | results answered "
-    "| streamed as whole | answers as serve.py's |",
-    "|---|---|---|---|---|---|---|---|---|---|",
-]
+def table(outcomes):
+    """Return the lines of the table; the first of the Outcomes is serve.py's, with which others compare."""
+    rows = [row(outcome, outcomes[0]) for outcome in outcomes]
+    return [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS), *rows]
 
 
 def parse_arguments():
@@ -189,23 +212,22 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for engine in ENGINES:
             if not program(engine):
-                print(f"{engine.name}: {engine.variable} names no program; left out", flush=True)
+                print(f"{title(engine)}: {engine.variable} names no program; left out", flush=True)
                 continue
             try:
                 model = model_for(engine, args.merged, folder)
                 outcome = judge(engine, model, questions, Path(folder, "log"))
             except UserError as error:
-                print(f"{engine.name}: {error}", flush=True)
+                print(f"{title(engine)}: {error}", flush=True)
                 continue
             outcomes.append(outcome)
             print(row(outcome, outcomes[0]), flush=True)
     if not outcomes or outcomes[0].engine is not ENGINES[0]:
         print("nothing is written: serve.py, which the others are compared with, gave no answers")
         return 1
-    lines = [*HEAD, *(row(outcome, outcomes[0]) for outcome in outcomes)]
     path = Path(args.results)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    path.write_text(replace_section(text, "engines", lines), encoding="utf-8")
+    path.write_text(replace_section(text, "engines", table(outcomes)), encoding="utf-8")
     print(f"written into {path}")
     return 0
 

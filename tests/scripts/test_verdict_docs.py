@@ -122,7 +122,8 @@ def keys_of(report):
     rows, gate = report["rows"], report["gate"]
     places = {"": report, "rows": rows, "gate": gate, "probes[]": report["probes"][0]}
     places |= {"gate.asked": gate["asked"], "gate.reached": gate["reached"], "seconds": report["seconds"]}
-    places |= {"rows.failing[]": rows["failing"][0], "calls": report.get("calls", {})}
+    places |= {"rows.failing[]": rows["failing"][0]}
+    places |= {place: report.get(place, {}) for place in ("calls", "results", "streamed")}
     return {place: set(value) for place, value in places.items()}
 
 
