@@ -164,9 +164,15 @@ def open_text(path):
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             yield file
         return
+    with new_file(target) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        yield file
+
+
+@contextmanager
+def new_file(target):
+    """Yield where to write what becomes the file `target`, a resolved path, when the body ends."""
     with workspace(target) as work:
-        with open(work / NEW, "w", encoding="utf-8", newline="\n") as file:
-            yield file
+        yield work / NEW
         fsync_tree(work / NEW)
         (work / NEW).replace(target)
 
