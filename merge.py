@@ -1,6 +1,7 @@
 """Step 5: merge the adapter into its base, in bf16, and prove that the result is these two and nothing else.
 
-python merge.py    qlora_output and its base → a folder to serve, gemma-3-4b-it-merged
+python merge.py               qlora_output and its base → a folder to serve, gemma-3-4b-it-merged
+python merge.py --gguf q8_0   and that as a file for llama.cpp and Ollama, gemma-3-4b-it-merged.gguf
 """
 
 import argparse
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from train_qlora import OUTPUT_DIR
 from tuner.inference import gate
 from tuner.inference.probes import HELD_OUT, PROBES, load_questions
-from tuner.model import folders, gemma_folder, locate
+from tuner.model import folders, gemma_folder, gguf_files, locate
 from tuner.system import atomic, commands, output_folder, signals
 from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
@@ -23,7 +24,7 @@ from tuner.system.libraries import heavy_imports
 from tuner.system.scripts import run_script
 from tuner.training import adapter_folder, model_card, records
 
-INTERRUPTED = "stopped; no merged model was written"
+INTERRUPTED = "stopped; what was not finished was not kept"
 OUT_OF_MEMORY = "close what else runs on the GPU (nvidia-smi); no merged model was written"
 # The base's files that are copied as they are; the weights are written, not copied.
 COPIED = (
@@ -47,6 +48,8 @@ def parse_arguments():
     output = "folder for the merged model (default: the base's name and -merged)"
     parser.add_argument("--output", type=output_folder.tidy, help=output)
     parser.add_argument("--overwrite", action="store_true", help="replace a merged model that exists")
+    gguf = "write it for llama.cpp and Ollama too, in bf16 or q8_0; one that exists is not merged again"
+    parser.add_argument("--gguf", choices=gguf_files.TYPES, help=f"{gguf} (default: do not)")
     return parser.parse_args()
 
 
@@ -110,16 +113,18 @@ def main():
     output_folder.check_writable(output)
     with atomic.exclusive_lock(output):
         atomic.clear_workspaces(target, REPLACED)
-        check_output(output, base, args.adapter, args.overwrite)
+        check_output(output, base, args.adapter, args.overwrite or args.gguf)
+        if args.gguf:
+            gguf_files.check(output, args.overwrite)
         merge(args, Path(output), run, comparison, probes)
-    print_next(Path(output), comparison, args.probes)
+    print_next(Path(output), comparison, args)
 
 
 def merge(args, output, run, comparison, probes):
     """Write the model of base and adapter to `output`, once weights and answers are proved to be theirs.
 
     run, comparison: the adapter's run.json and compare.json; probes: Questions. Raise UserError, and write
-    nothing, if a proof fails.
+    nothing, if a proof fails. With --gguf, a merged model that is there is only proved and converted.
     """
     adapter, base = args.adapter, args.base
     started = time.perf_counter()
@@ -129,11 +134,20 @@ def merge(args, output, run, comparison, probes):
         from tuner.system import devices
         from tuner.training import adapter_weights, merge_proof, merging
 
+        if args.gguf:
+            from tuner.model import gguf_writing
+
     folder, revision, name = adapter_weights.find_base(adapter, base)
-    print(f"merging    {one_line(adapter)} into {one_line(name)}")
     target = output_folder.resolve(output)
+    if args.gguf and not args.overwrite and not output_folder.is_vacant(target):
+        merge_proof.prove_existing(folder, adapter, output)
+        print(f"proof      {one_line(f'{output} is {adapter} merged into {name}')}, tensor by tensor")
+        gguf_writing.write_gguf(output, args.gguf, repeat(args))
+        return
+    print(f"merging    {one_line(adapter)} into {one_line(name)}")
     parent = output_folder.work_folder(target)
-    device, dtype = merging.choose_device(gemma_folder.bf16_bytes(folder), parent)
+    gguf_bytes = gguf_writing.gguf_bytes(folder, args.gguf) if args.gguf else 0
+    device, dtype = merging.choose_device(gemma_folder.bf16_bytes(folder), parent, gguf_bytes)
     if dtypes := gemma_folder.rounded_from(folder):
         print(f"base       {' and '.join(dtypes)} in its files, merged as it is rounded to bf16")
     try:
@@ -167,20 +181,30 @@ def merge(args, output, run, comparison, probes):
         ) from error
     print(f"memory     {devices.format_memory(devices.peak_memory(device))}")
     print(f"time       {time.perf_counter() - started:.1f} s")
-    print(f"merged     {one_line(str(output))}, {folders.weight_bytes(output) / 1e9:.1f} GB")
+    print(f"merged     {one_line(str(output))}, {folders.weight_bytes(output) / 1e9:.1f} GB", flush=True)
+    if args.gguf:
+        gguf_writing.write_gguf(output, args.gguf, repeat(args))
 
 
-def print_next(output, comparison, probes):
+def repeat(args):
+    """Return the command to type if the merged model is there, and what is made of it is not."""
+    defaults = {"adapter": OUTPUT_DIR, "probes": PROBES, "overwrite": True}
+    return commands.command("merge.py", **{k: v for k, v in vars(args).items() if v != defaults.get(k)})
+
+
+def print_next(output, comparison, args):
     """Print what to type next: the verdict on the merged model, by what the adapter was judged by."""
     data = comparison.get("data")
     asked = (comparison.get("gate") or {}).get("asked") or {}
     flags = {
-        "probes": None if probes == PROBES else probes,
+        "probes": None if args.probes == PROBES else args.probes,
         "data": data if isinstance(data, str) and data != HELD_OUT and os.path.isfile(data) else None,
     }
     defaults = {"min_f1": gate.MIN_F1, "max_false_calls": gate.MAX_FALSE_CALLS}
     flags |= {name: asked.get(name) for name, default in defaults.items() if asked.get(name) != default}
     print(f"next       {commands.command('compare.py', merged=output, **flags)}")
+    for command in gguf_files.serving_commands(output) if args.gguf else ():
+        print(f"           {command}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,17 @@ def prove_weights(base, adapter, merged):
     return len(deltas), len(before) - len(deltas)
 
 
+def prove_existing(base, adapter, merged):
+    """Raise UserError unless the folder `merged`, made some time ago, is base and adapter, nothing else."""
+    cure = "add --overwrite to merge again"
+    gemma_folder.check(merged, merged, cure)
+    try:
+        prove_weights(base, adapter, merged)
+    except UserError as error:
+        reason = str(error).removesuffix("; nothing was kept")
+        raise UserError(f"{merged} is not {adapter} merged into its base: {reason}; {cure}") from error
+
+
 def prove_sum(name, old, lora, new):
     """Raise UserError unless the merged weight W' is W + B·A·scale; lora: (A, B, scale).
 

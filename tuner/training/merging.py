@@ -18,18 +18,18 @@ DISK_ROOM = 1.05  # of the weights' size, and DISK_BESIDE: tokenizer and configs
 DISK_BESIDE = 100e6
 
 
-def choose_device(weight_bytes, parent):
+def choose_device(weight_bytes, parent, beside=0):
     """Return (device, dtype) to merge in; print what it takes there, and on the disk of the folder `parent`.
 
-    On a CPU the dtype is fp32, which holds the same bf16 values exactly. Raise UserError if disk or memory
-    are too small.
+    beside: bytes of disk for more than the merged folder. On a CPU the dtype is fp32, which holds the same
+    bf16 values exactly. Raise UserError if disk or memory are too small.
     """
     device, needed, free = torch.device("cpu"), CPU_ROOM * weight_bytes, psutil.virtual_memory().available
     if torch.cuda.is_available() and devices.gpu_dtype() == torch.bfloat16:
         free_gpu, _ = torch.cuda.mem_get_info()
         if free_gpu > GPU_ROOM * weight_bytes:
             device, needed, free = torch.device("cuda:0"), GPU_ROOM * weight_bytes, free_gpu
-    disk, free_disk = DISK_ROOM * weight_bytes + DISK_BESIDE, shutil.disk_usage(parent).free
+    disk, free_disk = DISK_ROOM * weight_bytes + DISK_BESIDE + beside, shutil.disk_usage(parent).free
     print(
         f"needs      {needed / 1e9:.1f} GB of memory on {devices.device_name(device)} "
         f"({free / 1e9:.1f} free), {disk / 1e9:.1f} GB of disk ({free_disk / 1e9:.1f} free)",
