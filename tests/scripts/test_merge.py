@@ -194,7 +194,14 @@ def test_terms_and_processor_go_along(tmp_path):
     merge.copy_files(base, merged)
     processor = ["processor_config.json", "preprocessor_config.json"]
     assert sorted(p.name for p in merged.iterdir()) == sorted(
-        ["GEMMA_TERMS.html", "NOTICE", "NOTICE.md", *processor, "chat_template.jinja"]
+        [
+            "GEMMA_TERMS.html",
+            "NOTICE",
+            "NOTICE.md",
+            *processor,
+            "chat_template.jinja",
+            "tokenizer_config.json",
+        ]
     )
 
 

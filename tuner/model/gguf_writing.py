@@ -67,7 +67,7 @@ def prepare(folder, kind):
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GEMMA3])
     for name, tensor in tensors(folder, kind):
         writer.add_tensor(name, tensor, raw_dtype=tensor.kind)
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     add_description(writer, folder.absolute())
     add_parameters(writer, config, kind)
     add_vocabulary(writer, folder, config.vocab_size)
