@@ -17,16 +17,21 @@ FINISHING = b"\nfinishing this step and saving a checkpoint; press Ctrl-C again 
 
 
 def exit_on_signals(message):
-    """Make SIGTERM and a hang-up end the process as Ctrl-C does, so that temporary files are removed."""
+    """Make SIGTERM and a hang-up end the process as Ctrl-C does, so that temporary files are removed.
+
+    message: what is printed then; a later call's takes its place.
+    """
 
     def leave(number, _):
         with suppress(OSError):  # the terminal may be gone
             os.write(2, f"\n{message}\n".encode())
         sys.exit(128 + number)
 
+    leave.is_ours = True
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+        before = number and signal.getsignal(number)
+        if before == signal.SIG_DFL or getattr(before, "is_ours", False):  # not under nohup
             signal.signal(number, leave)
 
 
