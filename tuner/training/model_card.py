@@ -1,4 +1,4 @@
-"""The README of a merged model. What run.json and compare.json say may be a stranger's: here it is text."""
+"""The README of a model or adapter. What run.json and compare.json say may be a stranger's: text here."""
 
 import html
 from contextlib import suppress
@@ -8,15 +8,24 @@ from huggingface_hub import ModelCardData
 from tuner.system.console import printable
 
 SHOWN_TOOLS = 20
+# Section 3.1 of Gemma's terms asks for this sentence in a file of this name.
+NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 
 
-def model_card(name, revision, run, comparison):
-    """Return the README.md of the merged model; run and comparison are {} where nothing is known.
+def model_card(name, revision, run, comparison, adapter=False):
+    """Return the README.md of a merged model; run and comparison are {} where nothing is known.
 
     name: of the base on the hub, None if it is not known; a folder's path says nothing to others.
+    adapter: whether it is an adapter's, which is not merged.
     """
-    front_matter = ModelCardData(base_model=name, license="gemma", library_name="transformers").to_yaml()
+    library = {"library_name": "peft", "base_model_relation": "adapter"} if adapter else {}
+    library = library or {"library_name": "transformers"}
+    front_matter = ModelCardData(base_model=name, license="gemma", **library).to_yaml()
     base = name or "A Gemma 3 model"
+    origin = f"{name or 'a Gemma 3 model'} (revision {code(revision or 'unknown')})"
+    made = f"Modified from {origin}: a LoRA adapter was merged into its text model."
+    if adapter:
+        made = f"A LoRA adapter for the text model of {origin}, to be put on it or merged into it."
     lines = [
         "---",
         front_matter,
@@ -24,8 +33,7 @@ def model_card(name, revision, run, comparison):
         "",
         f"# {base}, tuned with QLoRA{purpose(run)}",
         "",
-        f"Modified from {name or 'a Gemma 3 model'} (revision {code(revision or 'unknown')}): a LoRA adapter "
-        "was merged into its text model. Gemma's terms of use apply: https://ai.google.dev/gemma/terms",
+        f"{made} Gemma's terms of use apply: https://ai.google.dev/gemma/terms",
         "",
     ]
     for describe, record in ((describe_run, run), (describe_comparison, comparison)):
