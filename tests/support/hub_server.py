@@ -111,6 +111,8 @@ class Hub:
             def do_GET(self):
                 hub.answer(self)
 
+            do_POST = do_PUT = do_GET
+
             def log_message(self, *args):
                 pass
 
@@ -198,5 +200,5 @@ class Hub:
         for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             request.send_header(key, value)
         request.end_headers()
-        if request.command == "GET":
+        if request.command != "HEAD":
             request.wfile.write(content[:only])
