@@ -1,7 +1,8 @@
 """Step 5: merge the adapter into its base, in bf16, and prove that the result is these two and nothing else.
 
-python merge.py               qlora_output and its base → a folder to serve, gemma-3-4b-it-merged
-python merge.py --gguf q8_0   and that as a file for llama.cpp and Ollama, gemma-3-4b-it-merged.gguf
+python merge.py                       qlora_output and its base → a folder to serve, gemma-3-4b-it-merged
+python merge.py --gguf q8_0           and that as a file for llama.cpp and Ollama, gemma-3-4b-it-merged.gguf
+python merge.py --push-to-hub NAME    and that folder to a private repository on the hub
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tuner.system.console import one_line, printable
 from tuner.system.errors import UserError
 from tuner.system.libraries import heavy_imports
 from tuner.system.scripts import run_script
-from tuner.training import adapter_folder, model_card, records
+from tuner.training import adapter_folder, model_card, publishing, records
 
 INTERRUPTED = "stopped; what was not finished was not kept"
 OUT_OF_MEMORY = "close what else runs on the GPU (nvidia-smi); no merged model was written"
@@ -36,8 +37,6 @@ REPLACED = (
     *COPIED, *folders.TOKENIZER_FILES, "chat_template*", "model*.safetensors", "model.safetensors.index.json",
     "README.md", adapter_folder.RUN,
 )  # fmt: skip
-# Section 3.1 of Gemma's terms asks for this sentence in a file of this name.
-NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 
 
 def parse_arguments():
@@ -48,9 +47,15 @@ def parse_arguments():
     output = "folder for the merged model (default: the base's name and -merged)"
     parser.add_argument("--output", type=output_folder.tidy, help=output)
     parser.add_argument("--overwrite", action="store_true", help="replace a merged model that exists")
-    gguf = "write it for llama.cpp and Ollama too, in bf16 or q8_0; one that exists is not merged again"
-    parser.add_argument("--gguf", choices=gguf_files.TYPES, help=f"{gguf} (default: do not)")
-    return parser.parse_args()
+    gguf = "write it for llama.cpp and Ollama too, in bf16 or q8_0 (default: do not)"
+    parser.add_argument("--gguf", choices=gguf_files.TYPES, help=gguf)
+    push = "name of a repository on the hub to push the merged model to (default: push nothing)"
+    parser.add_argument("--push-to-hub", metavar="NAME", help=push)
+    public = "create that repository for everybody to read (default: a private one)"
+    parser.add_argument("--public", action="store_true", help=public)
+    alone = "push the adapter and merge nothing (default: merge, and push the merged model)"
+    parser.add_argument("--adapter-only", action="store_true", help=alone)
+    return publishing.check_flags(parser, parser.parse_args())
 
 
 # --------------------------------------------------------------------------------------- the output folder
@@ -82,7 +87,7 @@ def copy_files(base, merged):
                 gemma_folder.declare_bf16(merged / path.name)
     folders.copy_tokenizer(base, merged)
     if not (merged / "NOTICE").exists():
-        (merged / "NOTICE").write_text(NOTICE, encoding="utf-8")
+        (merged / "NOTICE").write_text(model_card.NOTICE, encoding="utf-8")
 
 
 def write_run(merged, run):
@@ -105,6 +110,8 @@ def main():
     signals.exit_on_signals(INTERRUPTED)
     config, run = adapter_folder.read_adapter(args.adapter)
     comparison = read_comparison(args.adapter)
+    if args.adapter_only:
+        return publishing.push_adapter(args, config, run, comparison)
     probes = load_questions(args.probes, "--probes")
     recorded, commit = config["base_model_name_or_path"], locate.hub_commit(run)
     base = args.base or locate.find_recorded(recorded, args.adapter, commit)
@@ -113,38 +120,44 @@ def main():
     output_folder.check_writable(output)
     with atomic.exclusive_lock(output):
         atomic.clear_workspaces(target, REPLACED)
-        check_output(output, base, args.adapter, args.overwrite or args.gguf)
+        # A merged model that is there is proved to be this one, and not merged again.
+        wants_more = args.gguf or args.push_to_hub
+        is_there = wants_more and not args.overwrite and not output_folder.is_vacant(target)
+        check_output(output, base, args.adapter, args.overwrite or is_there)
         if args.gguf:
             gguf_files.check(output, args.overwrite)
-        merge(args, Path(output), run, comparison, probes)
+        push = publishing.Push(args) if args.push_to_hub else None
+        if push:
+            push.agree(output, publishing.weights_size(base), REPLACED)
+        merge(args, Path(output), is_there, run, comparison, probes)
+        if push:
+            push.upload(output, publishing.merged_files(output, REPLACED), REPLACED)
     print_next(Path(output), comparison, args)
 
 
-def merge(args, output, run, comparison, probes):
+def merge(args, output, is_there, run, comparison, probes):
     """Write the model of base and adapter to `output`, once weights and answers are proved to be theirs.
 
-    run, comparison: the adapter's run.json and compare.json; probes: Questions. Raise UserError, and write
-    nothing, if a proof fails. With --gguf, a merged model that is there is only proved and converted.
+    is_there: whether it is, so that its weights are proved alone. run, comparison: the adapter's run.json and
+    compare.json; probes: Questions. Raise UserError, and write nothing, if a proof fails.
     """
     adapter, base = args.adapter, args.base
     started = time.perf_counter()
     with heavy_imports():  # torch and what stands on it: seconds, so flags and folders are checked first
         from tuner.inference import probe_answers
-        from tuner.model import loading
+        from tuner.model import gguf_writing, loading
         from tuner.system import devices
         from tuner.training import adapter_weights, merge_proof, merging
 
-        if args.gguf:
-            from tuner.model import gguf_writing
-
     folder, revision, name = adapter_weights.find_base(adapter, base)
-    target = output_folder.resolve(output)
-    if args.gguf and not args.overwrite and not output_folder.is_vacant(target):
+    if is_there:
         merge_proof.prove_existing(folder, adapter, output)
         print(f"proof      {one_line(f'{output} is {adapter} merged into {name}')}, tensor by tensor")
-        gguf_writing.write_gguf(output, args.gguf, repeat(args))
+        if args.gguf:
+            gguf_writing.write_gguf(output, args.gguf, args.repeat)
         return
     print(f"merging    {one_line(adapter)} into {one_line(name)}")
+    target = output_folder.resolve(output)
     parent = output_folder.work_folder(target)
     gguf_bytes = gguf_writing.gguf_bytes(folder, args.gguf) if args.gguf else 0
     device, dtype = merging.choose_device(gemma_folder.bf16_bytes(folder), parent, gguf_bytes)
@@ -183,13 +196,7 @@ def merge(args, output, run, comparison, probes):
     print(f"time       {time.perf_counter() - started:.1f} s")
     print(f"merged     {one_line(str(output))}, {folders.weight_bytes(output) / 1e9:.1f} GB", flush=True)
     if args.gguf:
-        gguf_writing.write_gguf(output, args.gguf, repeat(args))
-
-
-def repeat(args):
-    """Return the command to type if the merged model is there, and what is made of it is not."""
-    defaults = {"adapter": OUTPUT_DIR, "probes": PROBES, "overwrite": True}
-    return commands.command("merge.py", **{k: v for k, v in vars(args).items() if v != defaults.get(k)})
+        gguf_writing.write_gguf(output, args.gguf, args.repeat)
 
 
 def print_next(output, comparison, args):

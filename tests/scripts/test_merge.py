@@ -167,7 +167,7 @@ def test_the_folder_answers_as_base_and_adapter(adapter, merged):
     assert before.ids[:10] == after.ids[:10]
 
 
-def test_what_belongs_to_a_model_goes_along(tiny_model, merged):
+def test_what_belongs_to_a_model_goes_along(tiny_model, adapter, merged):
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (merged / name).read_bytes() == (Path(tiny_model) / name).read_bytes()
     assert "ai.google.dev/gemma/terms" in (merged / "NOTICE").read_text()
