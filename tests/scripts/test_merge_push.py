@@ -1,6 +1,5 @@
 """merge.py --push-to-hub as a user runs it, against a hub in miniature that takes uploads."""
 
-import io
 import json
 import os
 import pty
@@ -335,6 +334,14 @@ def test_another_adapters_merged_model_is_not_pushed(run, here, hub, merged):
     assert pushed == (merged / "model.safetensors").read_bytes()
 
 
+def test_overwrite_merges_again(run, hub, merged):
+    (merged / "README.md").write_text("an edited card")
+    code, stdout, _ = run(*PUSH, "--overwrite")
+    assert code == 0
+    assert "\nmerging " in stdout
+    assert hub.repositories["anna/bank"]["files"]["README.md"].startswith(b"---\nbase_model: ")
+
+
 def test_a_merged_model_that_was_damaged_is_not_pushed(run, hub, merged):
     path = merged / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -433,9 +440,14 @@ def test_where_a_terminal_can_ask_only_yes_pushes(here, hub, answer, piped):
         assert not (here / "gemma-merged").exists()
 
 
-def test_nobody_is_asked_where_only_one_side_is_a_terminal(run, hub, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
-    assert run(*ADAPTER)[0] == 0
+def test_where_nobody_can_answer_nobody_is_asked(here, hub):
+    main, terminal = pty.openpty()
+    streams = {"stdin": subprocess.DEVNULL, "stdout": terminal, "stderr": terminal}
+    assert start(here, hub, *ADAPTER, **streams).wait(timeout=60) == 0
+    assert "[y/N]" not in os.read(main, 10_000).decode()
+    os.close(main)
+    os.close(terminal)
+    assert len(hub.repositories["anna/bank"]["commits"]) == 1
 
 
 def test_hf_xet_which_real_users_have_brings_it_in_one_commit_too(here, hub, merged):
