@@ -31,9 +31,8 @@ def test_every_command_is_a_scripts_with_flags_that_it_has(page):
     shown = commands(page)
     assert shown or page.name == "resuming.md", "no command found"
     for script, flags in shown:
-        if script != "convert_hf_to_gguf.py":  # llama.cpp's
-            assert (ROOT / script).is_file(), script
-            assert set(flags) <= flags_of(script), script
+        assert (ROOT / script).is_file(), script
+        assert set(flags) <= flags_of(script), script
 
 
 def slug(heading):
