@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tuner.model import gguf_files
+from tuner.system import output_folder
 from tuner.system.errors import UserError
 
 GO = Path(__file__).parents[1] / "support/render_ollama.go"
@@ -118,6 +119,15 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path):
     )
     refused(output, r"merged\.Modelfile exists; add --overwrite")
     gguf_files.check(output, True)
+
+
+def test_what_a_killed_run_left_makes_room_before_the_disk_is_measured(tmp_path):
+    part = tmp_path / ".merged.gguf.abcd1234.part"
+    part.mkdir()
+    (part / "new").write_text("half")
+    output_folder.mark(part)
+    gguf_files.check(tmp_path / "merged", False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_no_file_can_be_is_told(tmp_path):

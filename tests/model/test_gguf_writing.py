@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from tests.support import llama_cpp, tiny_models
 from tuner.model import folders, gguf_files, gguf_vocabulary, gguf_writing, small_model
+from tuner.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = "---\nlicense: gemma\nbase_model: google/gemma-3-4b-it\nlibrary_name: transformers\n---\n\n# A model\n"
@@ -240,6 +241,26 @@ def test_the_vocabulary_is_the_tokenizers_and_the_template_goes_along(tiny_text_
     assert values["tokenizer.chat_template"] == folders.CHAT_TEMPLATE.read_text(encoding="utf-8")
 
 
+def test_gemmas_bos_between_two_texts_is_no_news(tiny_text_model, tmp_path, caplog):
+    folder = Path(shutil.copytree(tiny_text_model, tmp_path / "model"))
+    bos, texts = {"SpecialToken": {"id": "<bos>"}}, [{"Sequence": {"id": name}} for name in "AB"]
+    pair = [bos, texts[0], bos, texts[1]]
+    processor = {"type": "TemplateProcessing", "single": pair[:2], "pair": pair}
+    change(folder, "tokenizer.json", lambda tokenizer: tokenizer.update(post_processor=processor))
+    writer = gguf.GGUFWriter(None, "gemma3")
+    gguf_writing.add_vocabulary(writer, folder, 512)
+    assert writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value is True
+    assert caplog.records == []
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(tiny_text_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_text_model, tmp_path / "model"))
+    (folder / "README.md").write_text("---\n: [\n---\n")
+    with pytest.raises(UserError, match=r"model cannot be loaded as a model \(ParserError: "):
+        gguf_writing.write_gguf(folder, "q8_0", "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_merges_are_read_in_both_spellings(tiny_text_model, tmp_path):
     folder = Path(shutil.copytree(tiny_text_model, tmp_path / "model"))
     expected = gguf_vocabulary.read_vocabulary(folder, 512)
@@ -249,6 +270,16 @@ def test_merges_are_read_in_both_spellings(tiny_text_model, tmp_path):
 
     change(folder, "tokenizer.json", join)
     assert gguf_vocabulary.read_vocabulary(folder, 512) == expected
+
+
+def test_single_characters_are_numbered_after_merges_and_runs_of_tabs(tmp_path):
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "\t": 3, "\t\t": 4, "aba": 5}
+    added = [{"content": "\t" * n, "id": 2 + n, "special": False} for n in (1, 2)]
+    merges = [["\t", "\t"], ["a", "b"], ["ab", "a"], ["a", "ba"]]
+    tokenizer = {"added_tokens": added, "model": {"vocab": vocabulary, "merges": merges}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    _, scores, _ = gguf_vocabulary.read_vocabulary(tmp_path, 6)
+    assert scores == [-4, -5, 0, -1000, -1000, -1]
 
 
 def test_control_tokens_and_blanks_are_known_by_their_text(tmp_path):

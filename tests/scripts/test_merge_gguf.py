@@ -120,6 +120,12 @@ def test_a_model_that_another_adapter_made_is_not_taken_for_this_ones(adapter, o
     assert names(output) == ["out"]
 
 
+def test_a_damaged_model_that_is_there_is_one_line(adapter, output):
+    weights = output / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    refused(run(adapter, output, "--gguf", "q8_0"), f"{output} is damaged (model.safetensors: ")
+
+
 def test_overwrite_merges_again_and_replaces_both_files(adapter, output):
     (output / "config.json").write_text((output / "config.json").read_text() + " ")
     for suffix in (".gguf", ".Modelfile"):
