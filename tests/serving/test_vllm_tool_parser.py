@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tuner.data.tool_call import format_call
+from tuner.data.tool_call import calls_in, format_call
+from tuner.model.response_template import RESPONSE_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.vllm
@@ -77,3 +78,39 @@ def test_whole_and_streamed_at_every_cut(parser_class, tokenizer, text, content,
         assert bool(parser._tool_parser.prev_tool_call_arr) == bool(
             calls
         )  # what the finish reason is taken from
+
+
+ESCAPED = format_call("get_order", {"note": 'a "b"'})
+SIMPLE = format_call("get_order", {"номер": 5, "адрес": "Москва, {5}", "все": [1.5, None]})
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("Здравствуйте! 5 < 6.", "Здравствуйте! 5 < 6.", []),
+        (f"Сейчас.\n{CALL}\n{SIMPLE}", "Сейчас.", [CALL, SIMPLE]),
+        (ESCAPED, ESCAPED, []),  # which the format cannot read stays text, and is not dropped
+        (CALL[:-2], CALL[:-2], []),
+    ],
+)
+def test_what_the_parser_hf_reads_at_every_cut(text, content, calls):
+    pytest.importorskip("vllm")
+    from vllm.parser.chat_parsing.response_parser import ResponseParser
+    from vllm.parser.response_template import _streaming_template, validate_response_template_for_serving
+
+    validate_response_template_for_serving(RESPONSE_TEMPLATE)
+    for pieces in [*([text[:cut], text[cut:]] for cut in range(len(text) + 1)), list(text)]:
+        parser = ResponseParser(
+            _streaming_template(RESPONSE_TEMPLATE), prefix="<start_of_turn>model\n", tools=[]
+        )
+        events = [event for piece in [*pieces, "<end_of_turn>"] for event in parser.feed(piece)]
+        events += parser.finalize()[1]
+        assert not [event for event in events if event["type"] == "region_malformed"]
+        said = [e["text"] for e in events if (e["type"], e["field"]) == ("region_chunk", "content")]
+        made = [
+            e["value"]["function"]
+            for e in events
+            if (e["type"], e["field"]) == ("region_close", "tool_calls")
+        ]
+        assert "".join(said) == content
+        assert made == [{"name": c.name, "arguments": c.arguments} for tag in calls for c in calls_in(tag)]
