@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from benchmarks import engines
 from tests.support.rows import SHAPES
 from tests.support.training import trained_prompt
+from tuner.data.tool_call import calls_in
 from tuner.inference.probes import load_all
 from tuner.model import folders
 
@@ -94,6 +95,7 @@ def test_an_engine_answers_as_serve_py_does(engine, questions, reference):
     calls = sum(reply.parsed for reply in replies.replies), sum(reply.tagged for reply in replies.replies)
     assert min(calls) == 0
     assert (calls[0] > 0) == kind.parses
-    if kind.gguf in (None, "bf16"):  # the same weights: kernels that round otherwise may turn a word
-        pairs = zip(replies.replies, reference.replies.replies, strict=True)
-        assert sum(mine.text != theirs.text for mine, theirs in pairs) <= 4
+    if kind.gguf in (None, "bf16"):  # the same weights: kernels that round otherwise turn words
+        pairs = list(zip(replies.replies, reference.replies.replies, strict=True))
+        assert sum(mine.text != theirs.text for mine, theirs in pairs) <= 15
+        assert sum(calls_in(mine.text) != calls_in(theirs.text) for mine, theirs in pairs) <= 1
