@@ -58,7 +58,7 @@ def message_text(message):
     if isinstance(content, str):
         return content
     texts = [part["text"] for part in content]
-    return "".join(texts if message["role"] == "system" else map(str.strip, texts))
+    return "".join(texts if message.get("role") == "system" else map(str.strip, texts))
 
 
 def normalize(text):
