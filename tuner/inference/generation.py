@@ -7,6 +7,7 @@ from transformers import StoppingCriteriaList
 from tuner.inference import cuda_decoding
 from tuner.inference.judging import Answer
 from tuner.inference.probes import MAX_NEW_TOKENS
+from tuner.inference.row_decoding import RowDecoder
 from tuner.model import gemma_folder, gemma_tokenizer, loading
 from tuner.system import devices
 from tuner.system.errors import UserError
@@ -97,6 +98,11 @@ def generate(model, tokenizer, prompts, on_token, **settings):
     with torch.inference_mode(), devices.without_cudnn_attention():
         output = model.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([stop]))
     return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def row_decoder(model):
+    """Return what answers single prompts faster than `generate` does; None if nothing does on this device."""
+    return RowDecoder(model) if model.device.type == FAST_DEVICE else None
 
 
 def split_batches(prompts, limits):

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tuner.inference.generation import row_decoder
 from tuner.serving.chat_completions import (
     INTERNAL_ERROR,
     complete_answer,
@@ -104,6 +105,7 @@ class ChatService:
         # Of 500 KB each may take a second, in which the event loop answers others.
         self.preparer, self.preparing = ThreadPoolExecutor(1), 0
         self.worker = ThreadPoolExecutor(1)
+        self.decoder = row_decoder(model)
         self.generations = {}  # those asked for and not yet finished, by the task that watches the client
         self.stopping = False
         self.page, self.page_policy = read_page(probes)
@@ -160,13 +162,22 @@ class ChatService:
         """Return the Generation that a body asks for; raise an HTTP error; in the preparer's thread."""
         return make_generation(parse_request(body), self.names, self.tokenizer, self.context)
 
+    def switched_to(self, name):
+        """Return the context in which the model is the one of this name."""
+        return nullcontext() if name == self.names[0] else self.model.disable_adapter()
+
+    def warm_up(self):
+        """Capture graphs, so that the first request need not wait for that; in the worker's thread."""
+        for name in self.names if self.decoder else []:
+            with self.switched_to(name):
+                self.decoder.warm_up(name)
+
     def generate(self, generation, emit):
         """Emit an answer's parts, then its Finish or the exception that ended it; in the worker's thread."""
         started = time.perf_counter()
-        tuned = generation.model == self.names[0]
         try:
-            with nullcontext() if tuned else self.model.disable_adapter():
-                finish = stream_answer(self.model, self.tokenizer, generation, emit)
+            with self.switched_to(generation.model):
+                finish = stream_answer(self.model, self.tokenizer, generation, emit, self.decoder)
             seconds = time.perf_counter() - started
             reason = "client disconnected" if generation.disconnected.is_set() else finish.reason
             counts = f"{len(generation.prompt_ids)} prompt + {finish.tokens} completion tokens"
@@ -221,6 +232,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets=None):
         gc.freeze()  # or a full collection visits all that the libraries have loaded: 0.6 s without an answer
+        await asyncio.wrap_future(self.service.worker.submit(self.service.warm_up))
         await super().startup(sockets)
         self.on_start()
 

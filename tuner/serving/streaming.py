@@ -6,6 +6,7 @@ import torch
 
 from tuner.data.call_stream import CallStream
 from tuner.inference import generation as decoding
+from tuner.inference.row_decoding import sampler
 from tuner.serving.chat_completions import Finish
 
 # Below it an answer is greedy, which sampling comes to: divided by 1e-40, logits are infinite in fp32.
@@ -59,10 +60,10 @@ def stop_beginning(text, stop):
     return start if start >= 0 else len(text)
 
 
-def stream_answer(model, tokenizer, generation, emit):
+def stream_answer(model, tokenizer, generation, emit, decoder=None):
     """Generate an answer, emit(part) its text (str) and calls (Call) as they are settled; return the Finish.
 
-    Calls are looked for if the request has tools that may be called.
+    Calls are looked for if the request has tools that may be called. decoder: the model's row_decoder.
     """
     request, ends = generation.request, decoding.end_tokens(model)
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
@@ -84,11 +85,17 @@ def stream_answer(model, tokenizer, generation, emit):
             stream.add(tokens[0])
         return ended or stream.stopped or generation.disconnected.is_set()
 
-    settings = {"max_new_tokens": generation.max_new_tokens}
-    if request.temperature and request.temperature >= MIN_TEMPERATURE:
-        settings |= {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p}
+    samples = bool(request.temperature) and request.temperature >= MIN_TEMPERATURE
+    sampling = {"temperature": request.temperature, "top_p": request.top_p}
+    if samples:
         torch.seed() if request.seed is None else torch.manual_seed(request.seed)
-    decoding.generate(model, tokenizer, [generation.prompt_ids], on_token, **settings)
+    prompt, limit = generation.prompt_ids, generation.max_new_tokens
+    if decoder:
+        sample = sampler(**sampling) if samples else None
+        decoder.generate(prompt, limit, on_token, generation.model, sample)
+    else:
+        settings = {"do_sample": True, **sampling} if samples else {}
+        decoding.generate(model, tokenizer, [prompt], on_token, max_new_tokens=limit, **settings)
     stream.finish()
     for part in calls.finish():
         emit(part)
