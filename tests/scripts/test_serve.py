@@ -141,7 +141,7 @@ def test_the_page_has_the_probes_or_without_the_default_file_none(tmp_path, adap
     assert texts_of() == ["А вчера?"]
 
 
-def test_full_memory_while_loading_is_one_line_with_its_cure(tiny_text_model):
+def test_full_memory_while_starting_is_one_line_with_its_cure(tiny_text_model):
     options = {"out_of_memory": serve.OUT_OF_MEMORY}
 
     class OutOfMemoryError(RuntimeError):
@@ -153,6 +153,10 @@ def test_full_memory_while_loading_is_one_line_with_its_cure(tiny_text_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "load_model", full)
         arguments = ("--model", tiny_text_model, "--port", "0")
+        code, _, error = run_main(serve.main, *arguments, **options)
+    assert (code, error) == (1, f"GPU out of memory; {serve.OUT_OF_MEMORY}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http_server.ChatService, "warm_up", full)
         code, _, error = run_main(serve.main, *arguments, **options)
     assert (code, error) == (1, f"GPU out of memory; {serve.OUT_OF_MEMORY}\n")
     assert "--bits 4" in serve.OUT_OF_MEMORY
