@@ -35,19 +35,26 @@ def tuned(tiny_model, tmp_path_factory):
 def captured(monkeypatch):
     """Make a capture do what CUDA's does, on a CPU: nothing; a replay writes where the capture's result is.
 
-    Gives the list of captures.
+    Gives the capacities that were captured, and a log of what was done.
     """
-    captures = []
+    capacities, log, real = [], [], cuda_decoding.Step.next
 
     def capture(work):
         step = work.__self__
         logits = torch.full((1, step.head.out_features), torch.nan)
-        captures.append(len(step.cache_positions))
-        return SimpleNamespace(replay=lambda: logits.copy_(work())), logits
+        capacities.append(len(step.cache_positions))
+        log.append("capture")
+
+        def replay():
+            logits.copy_(real(step))
+            log.append("replay")
+
+        return SimpleNamespace(replay=replay), logits
 
     monkeypatch.setattr(cuda_graphs, "capture", capture)
     monkeypatch.setattr(cuda_graphs, "check_free_memory", lambda *_: None)
-    return captures
+    monkeypatch.setattr(cuda_decoding.Step, "next", lambda step: log.append("launch") or real(step))
+    return SimpleNamespace(capacities=capacities, log=log)
 
 
 def prompt_of(length):
@@ -83,7 +90,7 @@ def test_it_continues_as_transformers_does_whatever_was_asked_before(tuned, capt
                 assert len(answers[-1]) == limit
     assert answers[0] != answers[len(SHAPES)]
     assert list(decoder.steps) == [64, 256, 128]
-    assert captured == ([64, 256] * 2 if graphs else [])  # once each; 64 + 1 tokens ended before
+    assert captured.capacities == ([64, 256] * 2 if graphs else [])  # once each; 64 + 1 tokens ended before
 
 
 def test_the_cache_has_room_for_the_longest_that_may_be_asked_and_no_more(tuned):
@@ -123,16 +130,20 @@ def test_tokens_are_drawn_as_transformers_draws_them(tuned, captured, temperatur
         wanted.append(expected(tuned, prompt_of(9), 20, do_sample=True, **sampling))
     assert answers == wanted
     assert answers[0] != answers[1]
-    assert captured == [64]
+    assert captured.capacities == [64]
 
 
 def test_warming_up_captures_what_the_first_request_needs(tuned, captured):
     decoder = row_decoding.RowDecoder(tuned[0])
     decoder.captures = True
     decoder.warm_up("tuned")
-    assert captured == [64]
+    assert captured.log == ["launch", "capture", "replay"]  # launched once: a capture must load nothing
+    captured.log.clear()
     assert continued(decoder, prompt_of(30), 20) == expected(tuned, prompt_of(30), 20)
-    assert captured == [64]
+    assert captured.log == ["replay"] * 19
+    with tuned[0].disable_adapter():
+        decoder.warm_up("base")
+    assert captured.log[19:] == ["launch", "capture", "replay"]
 
 
 def test_a_cache_that_has_no_room_gets_that_of_the_others(tuned, captured, monkeypatch):
@@ -160,7 +171,7 @@ def test_a_cache_that_has_no_room_gets_that_of_the_others(tuned, captured, monke
         continued(decoder, prompt_of(30), 20)
     assert not room
     assert continued(decoder, prompt_of(30), 20) == expected(tuned, prompt_of(30), 20)
-    assert captured == [64, 256, 64]
+    assert captured.capacities == [64, 256, 64]
 
 
 @pytest.mark.parametrize("full", ["check_free_memory", "capture"])
@@ -176,7 +187,7 @@ def test_without_room_for_a_graph_kernels_are_launched_one_by_one(tuned, capture
         assert continued(decoder, prompt_of(30), 20) == expected(tuned, prompt_of(30), 20)
     assert not decoder.graphs
     assert continued(decoder, prompt_of(30), 20) == expected(tuned, prompt_of(30), 20)
-    assert captured == [64]
+    assert captured.capacities == [64]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -187,6 +198,7 @@ def test_quantized_layers_stay_what_a_graph_has_captured(adapter, bits):
     layers = [layer for layer in model.modules() if isinstance(layer, bitsandbytes.nn.Linear8bitLt)]
     forwards = [layer.forward for layer in layers]
     assert bool(forwards) == (bits == 8)
+    assert all(forward.func is cuda_decoding.multiply for forward in forwards)
     again = row_decoding.RowDecoder(model)
     assert [continued(again, prompt_of(length), limit) for length, limit in SHAPES] == answers
     assert [layer.forward for layer in layers] == forwards

@@ -376,7 +376,7 @@ def test_serve_answers_from_the_gpu_and_outlives_a_full_memory(folder, adapter, 
             assert answer["usage"]["completion_tokens"] == 20
             assert answer["choices"][0]["finish_reason"] == "length"
         with full_memory(64 * 2**20):
-            status, answer = ask("tuned", "слово " * 500, 20)
+            status, answer = ask("tuned", "слово " * 1200, 20)  # 7,200 tokens: a cache of 1.1 GB
             print(status, answer)
             assert status == 503
             assert "GPU out of memory" in answer["error"]["message"]

@@ -1,6 +1,6 @@
 """One answer at a time, token by token, as fast as the GPU is: graphs that are captured once and kept.
 
-A batch of compare.py is worth a graph of its own; a request of 20 tokens takes less time than the capture.
+A batch of compare.py is worth a capture of its own; a request of 20 tokens is not.
 """
 
 import torch
