@@ -404,10 +404,8 @@ def read_until(terminal, words):
 @pytest.mark.parametrize(
     ("answer", "piped"),
     [
-        ("n", None),
         ("", None),
         ("yes please", None),
-        ("y", None),
         ("YES", None),
         ("n", "stdout"),
         ("y", "stdout"),
