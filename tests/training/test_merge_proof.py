@@ -177,3 +177,14 @@ def test_weights_too_large_for_bf16_or_to_be_added_are_one_line(tiny_text_model,
     assert code == 1
     assert errors == merging.NOT_FINITE + "\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_products_that_cancel_may_be_summed_in_another_order():
+    """As an H100 did it to one element of Gemma 3 270M: an old -0.0, and terms that nearly cancel."""
+    a, b = torch.tensor([[1e-3], [1e-3]]), torch.tensor([[1.0, -1.0 + 5e-6]])
+    delta = b @ a
+    other_order = (delta + 5e-11).bfloat16()
+    old = torch.tensor([[-0.0]], dtype=torch.bfloat16)
+    merge_proof.prove_sum("w", old, (a, b, 1.0), other_order)
+    with pytest.raises(UserError, match="did not change by"):
+        merge_proof.prove_sum("w", old, (a, b, 1.0), (delta * 1.2).bfloat16())

@@ -62,7 +62,10 @@ def prove_sum(name, old, lora, new):
     delta = (b.float() @ a.float()) * scale
     expected = old.float() + delta
     error = (new.float() - expected).abs()
-    if not (error <= ROUNDING * (expected.abs() + delta.abs()) + 1e-30).all():
+    # Another device sums B·A's products in another order: of 100 million elements of Gemma 3 270M one, where
+    # terms of 1e-3 add up to 5e-9, was off by 1 % of itself on an H100.
+    summing = (b.float().abs() @ a.float().abs()) * abs(scale) * len(a) * torch.finfo(torch.float32).eps
+    if not (error <= ROUNDING * (expected.abs() + delta.abs()) + summing + 1e-30).all():
         raise UserError(f"{name} did not change by B·A·alpha/r ({error.max():.3g} off); nothing was kept")
     if torch.equal(old, new):
         raise UserError(f"{name} did not change; nothing was kept")
