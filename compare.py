@@ -221,12 +221,11 @@ def compare_endpoint(args, probes, held_out):
     seen, asked = [False] * len(answers), (args.min_f1, args.max_false_calls)
     judgment = comparison.judge_all(probes, held_out, {"endpoint": answers}, seen, asked)
     gate.add(judgment["gate"], endpoint_checks.shortcomings(replies.loop, replies.stream))
-    forms = {"parsed": "parsed", "text": "tagged"}
     judgment |= {
         "endpoint": args.endpoint,
         "model": replies.model,
         "tools_refused": replies.tools_refused,
-        "calls": {form: sum(getattr(r, key) for r in replies.replies) for form, key in forms.items()},
+        "calls": {"parsed": replies.parsed, "text": replies.tagged},
         "results": replies.loop._asdict(),
         "streamed": replies.stream._asdict(),
         "seconds": {"answering": seconds},

@@ -169,8 +169,6 @@ def row(outcome, reference):
     pairs = zip(replies.replies, reference.replies.replies, strict=True)
     same = sum(mine.text == theirs.text for mine, theirs in pairs)
     false, names = decision["false_call_rate"], figures["names"]
-    parsed, tagged = (sum(getattr(r, form) for r in replies.replies) for form in ("parsed", "tagged"))
-    streamed = stream.asked - len(stream.other_calls) - len(stream.other_text)
     cells = [
         engine.name,
         engine.gguf or "bf16",
@@ -178,9 +176,9 @@ def row(outcome, reference):
         f"{decision['f1']['value']:.2f}",
         f"{false['part']} of {false['whole']}",
         f"{names['part']} of {names['whole']}",
-        f"{parsed} / {tagged}",
+        f"{replies.parsed} / {replies.tagged}",
         "refused" if loop.refused else f"{loop.answered} of {loop.sent}",
-        "refused" if stream.refused else f"{streamed} of {stream.asked}",
+        "refused" if stream.refused else f"{stream.same} of {stream.asked}",
         f"{same} of {len(replies.replies)}",
     ]
     return f"| {' | '.join(cells)} |"

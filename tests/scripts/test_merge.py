@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge
 import train_qlora
+from tests.support.merging import refused, run, run_well
 from tests.support.processes import disk_for, other_writer
 from tests.support.rows import PROBES, ROOT, row
 from tests.support.scripts import run_main
@@ -82,25 +83,6 @@ def one_probe(monkeypatch, short_probe):
     """Ask one probe for a short answer, where it is not the answers that are tested."""
     monkeypatch.setattr(merge, "PROBES", short_probe)
     monkeypatch.setattr(probes, "MAX_NEW_TOKENS", 8)
-
-
-def run(adapter, output, *flags):
-    """Run merge.py; return (exit code, stdout, stderr)."""
-    return run_main(merge.main, "--adapter", adapter, "--output", output, *flags)
-
-
-def run_well(adapter, output, *flags):
-    code, stdout, stderr = run(adapter, output, *flags)
-    assert (code, stderr) == (0, "")
-    return stdout
-
-
-def refused(result, text):
-    """Assert that a run ended in one line on stderr that has `text`."""
-    code, _, stderr = result
-    assert code == 1
-    assert text in stderr
-    assert len(stderr.splitlines()) == 1
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merge
+from tests.support.merging import refused, run, run_well
 from tests.support.processes import disk_for
 from tests.support.rows import row
 from tests.support.scripts import run_main
@@ -46,23 +47,6 @@ def merged(adapter, tmp_path_factory):
 @pytest.fixture
 def output(merged, tmp_path):
     return shutil.copytree(merged, tmp_path / "work/out")
-
-
-def run(adapter, output, *flags):
-    return run_main(merge.main, "--adapter", adapter, "--output", output, *flags)
-
-
-def run_well(adapter, output, *flags):
-    code, stdout, stderr = run(adapter, output, *flags)
-    assert (code, stderr) == (0, "")
-    return stdout
-
-
-def refused(result, text):
-    code, _, stderr = result
-    assert code == 1
-    assert text in stderr
-    assert len(stderr.splitlines()) == 1
 
 
 def names(output):

@@ -42,6 +42,14 @@ class Replies(NamedTuple):
     loop: LoopCheck
     stream: StreamCheck  # of the questions of the first file
 
+    @property
+    def parsed(self):
+        return sum(reply.parsed for reply in self.replies)
+
+    @property
+    def tagged(self):
+        return sum(reply.tagged for reply in self.replies)
+
 
 def ask(url, model, files):
     """Ask a model (None: the first that the endpoint lists) all Questions, greedily; return Replies.

@@ -27,6 +27,11 @@ class StreamCheck(NamedTuple):
     other_text: list  # numbers of those of which only the text differs
     refused: str | None  # what the endpoint says where it does not stream
 
+    @property
+    def same(self):
+        """How many answers are the same streamed and whole."""
+        return self.asked - len(self.other_calls) - len(self.other_text)
+
 
 async def check_loop(complete, questions, replies):
     """Send results of the calls in the first LOOPS replies that have any; return the LoopCheck.

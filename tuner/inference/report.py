@@ -166,7 +166,7 @@ def print_endpoint(replies, places):
 
     replies: endpoint.Replies. places: where each question stands, `file:line`.
     """
-    parsed, tagged = (sum(getattr(reply, form) for reply in replies.replies) for form in ("parsed", "tagged"))
+    parsed, tagged = replies.parsed, replies.tagged
     _print_line("calls", f"{parsed} parsed tool_calls, {tagged} unparsed tags in text")
     if parsed and tagged:
         unparsed = [place for place, reply in zip(places, replies.replies, strict=True) if reply.tagged]
@@ -182,8 +182,7 @@ def print_endpoint(replies, places):
     if stream.refused:
         _print_line("streamed", f"refused ({stream.refused})")
         return
-    same = stream.asked - len(stream.other_calls) - len(stream.other_text)
-    _print_line("streamed", f"{same} of {stream.asked} probes answered as when whole")
+    _print_line("streamed", f"{stream.same} of {stream.asked} probes answered as when whole")
     for what, numbers in (("calls", stream.other_calls), ("text", stream.other_text)):
         if numbers:
             _print_line("", f"other {what}: {', '.join(places[number] for number in numbers)}")

@@ -14,14 +14,14 @@ from tuner.training import adapter_folder, model_card
 from tuner.training.checkpoints import CONFIG, WEIGHTS
 
 NOT_PUSHED = "stopped; nothing was pushed"
-# The flags that decide what is pushed and where to, in the command that pushes it again.
+# The flags of the command that does again what failed once the model was merged, a GGUF or a push.
 REPEATED = ("adapter", "base", "probes", "output", "gguf", "adapter_only", "push_to_hub", "public")
 # What libraries write into configs of the folder that they read: a path of this machine, or a hub's name.
 NAMES_OF_FOLDERS = ("_name_or_path", "name_or_path")
 
 
 def check_flags(parser, args):
-    """Return the arguments with `repeat`, the command that pushes again; exit with 2 if they are wrong."""
+    """Return the arguments with `repeat`, the command for the rest again; exit with 2 if they are wrong."""
     if args.push_to_hub is None:
         for flag in ("public", "adapter_only"):
             if getattr(args, flag):
